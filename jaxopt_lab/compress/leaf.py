@@ -1,0 +1,62 @@
+"""What a compressed leaf is: an array-ish parameter that stores fewer bytes than its dense self and knows how to be multiplied."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import quax
+
+from jaxopt_lab.core.types import Array
+
+__all__ = ["Leaf"]
+
+
+class Leaf(quax.ArrayValue):
+    """The base of every compressed leaf: a frozen pytree of arrays that stands where a dense parameter stood.
+
+    A subclass declares what trains, says what it looks like (`aval`) and how to become dense (`materialise`), and overrides the
+    methods below for whatever it can do without becoming dense. Each of those may return `NotImplemented`, as the ones here do: the
+    leaf is then materialised and the ordinary operation runs. The leaf is always the right operand; `rules` turns the others round.
+
+    Attributes:
+      trains: names of the fields that an optimiser moves; the others are frozen.
+      latent: the trained field that is a weight of the leaf's own shape, on which decay, penalties and masks act; or None.
+    """
+
+    trains: ClassVar[tuple[str, ...]] = ()
+    latent: ClassVar[str | None] = None
+
+    def format(self) -> str:
+        """How the leaf is stored, in a few words for a table."""
+        return type(self).__name__
+
+    def dot_general(self, x: Array, *, dimension_numbers: tuple, **params: Any) -> Array:
+        """`lax.dot_general(x, self)`."""
+        return NotImplemented
+
+    def conv_general_dilated(self, x: Array, *, dimension_numbers: Any, **params: Any) -> Array:
+        """`lax.conv_general_dilated(x, self)`."""
+        return NotImplemented
+
+    def gather(self, indices: Array, *, dimension_numbers: Any, slice_sizes: Sequence[int], **params: Any) -> Array:
+        """`lax.gather(self, indices)`: the lookup of an embedding."""
+        return NotImplemented
+
+    def convert_element_type(self, *, new_dtype: Any, **params: Any) -> "Leaf | Array":
+        """`lax.convert_element_type(self)`."""
+        return NotImplemented
+
+    def transpose(self, *, permutation: Sequence[int]) -> "Leaf | Array":
+        """`lax.transpose(self)`."""
+        return NotImplemented
+
+    def reshape(self, *, new_sizes: Sequence[int], dimensions: Sequence[int] | None, **params: Any) -> "Leaf | Array":
+        """`lax.reshape(self)`."""
+        return NotImplemented
+
+    def squeeze(self, *, dimensions: Sequence[int]) -> "Leaf | Array":
+        """`lax.squeeze(self)`."""
+        return NotImplemented
+
+    def broadcast_in_dim(self, *, shape: Sequence[int], broadcast_dimensions: Sequence[int], **params: Any) -> "Leaf | Array":
+        """`lax.broadcast_in_dim(self)`."""
+        return NotImplemented

@@ -1,0 +1,218 @@
+"""Paths, selectors and sizes of parameter trees.
+
+A path is the "/"-joined way to a leaf: `params/Dense_0/kernel`. It stops at a compressed leaf (any `quax.ArrayValue`), so a stored
+weight keeps the name that its dense self had, and NNX's trailing `value` is dropped, so both of Flax's worlds read alike.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxopt_lab.core.types import Array, PyTree, Where
+
+__all__ = [
+    "flatten",
+    "is_compressed",
+    "latent",
+    "map_selected",
+    "nbytes",
+    "paths",
+    "replace_latent",
+    "select",
+    "selected",
+    "size",
+]
+
+
+def is_compressed(leaf: Any) -> bool:
+    """Whether `leaf` is a compressed leaf: an array-ish value that knows how to materialise itself.
+
+    By the protocol of `quax.ArrayValue`, so that a program with none of them never imports quax.
+
+    >>> is_compressed(jnp.ones(3))
+    False
+    """
+    return callable(getattr(type(leaf), "materialise", None))
+
+
+def _parts(key_path: tuple) -> tuple[str, ...]:
+    if key_path and isinstance(key_path[-1], jax.tree_util.GetAttrKey) and key_path[-1].name == "value":
+        key_path = key_path[:-1]
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in key_path)
+
+
+def flatten(tree: PyTree) -> tuple[list[str], list[Any], Any]:
+    """Splits a tree into paths, leaves and its structure; compressed leaves stay whole.
+
+    >>> names, leaves, treedef = flatten({"a": (1.0, 2.0)})
+    >>> names
+    ['a/0', 'a/1']
+    >>> jax.tree.unflatten(treedef, leaves)
+    {'a': (1.0, 2.0)}
+    """
+    with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_compressed)
+    return ["/".join(_parts(path)) for path, _ in with_paths], [leaf for _, leaf in with_paths], treedef
+
+
+def paths(tree: PyTree) -> list[str]:
+    """The path of every leaf, in the order of `jax.tree.leaves`.
+
+    >>> paths({"Dense_0": {"bias": 0.0, "kernel": 1.0}})
+    ['Dense_0/bias', 'Dense_0/kernel']
+    """
+    return flatten(tree)[0]
+
+
+@lru_cache(maxsize=1024)
+def _glob(pattern: str) -> re.Pattern:
+    """`**` matches zero or more parts; `*` and `?` stay inside one part; `[abc]` is a set; the rest is literal."""
+    expression = ""
+    for k, part in enumerate(parts := pattern.split("/")):
+        last = k == len(parts) - 1
+        if part == "**":
+            expression += r".*" if last else r"(?:[^/]+/)*"
+            continue
+        body = "".join(
+            "[^/]*" if piece == "*" else "[^/]" if piece == "?" else piece if piece[0] == "[" else re.escape(piece)
+            for piece in re.findall(r"\[[^\]/]+\]|.", part)
+        )
+        expression += body + ("" if last else "/")
+    # "a/**" also matches "a" itself: `**` may stand for no part at all.
+    if expression.endswith("/.*"):
+        expression = expression[:-3] + "(?:/.*)?"
+    return re.compile(expression + r"\Z")
+
+
+def select(tree: PyTree, where: Where = "**") -> PyTree:
+    """Chooses leaves by path: a static tree of bool with one entry for each leaf of `tree`.
+
+    Args:
+      tree: any tree; a compressed leaf counts as one leaf, chosen by the path it had as a dense array.
+      where: a glob on the "/"-joined path (`**` matches zero or more parts, `*` and `?` stay inside one), several globs of
+        which any may match, a predicate `(path, leaf) -> bool`, or a tree of bool (returned as it is, once its structure fits).
+
+    Returns:
+      A tree of Python bools. It is static: choose once, outside `jit`, or inside it at trace time.
+
+    Raises:
+      ValueError: nothing matches (the message lists the nearest paths), or a tree of bool has another structure.
+
+    >>> params = {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+    >>> select(params, "**/kernel")
+    {'Dense_0': {'bias': False, 'kernel': True}}
+    >>> select(params, lambda path, leaf: leaf.ndim == 1)
+    {'Dense_0': {'bias': True, 'kernel': False}}
+    >>> select(params, "**/kernal")
+    Traceback (most recent call last):
+      ...
+    ValueError: nothing matches where='**/kernal'; the nearest of 2 paths: Dense_0/kernel, Dense_0/bias
+    """
+    names, leaves, treedef = flatten(tree)
+    if isinstance(where, str):
+        chosen = [_glob(where).match(name) is not None for name in names]
+    elif callable(where):
+        chosen = [bool(where(name, leaf)) for name, leaf in zip(names, leaves, strict=True)]
+    elif isinstance(where, (list, tuple)) and where and all(isinstance(pattern, str) for pattern in where):
+        chosen = [any(_glob(pattern).match(name) for pattern in where) for name in names]
+    else:
+        flags, structure = jax.tree.flatten(where)
+        if structure != treedef or not all(isinstance(flag, (bool, np.bool_)) for flag in flags):
+            raise ValueError(
+                f"where must be a glob, globs, a predicate (path, leaf) -> bool, or a tree of bool like the {len(names)} leaves "
+                f"{_some(names)}; got {str(where)[:200]}"
+            )
+        chosen = [bool(flag) for flag in flags]
+    if not any(chosen):
+        near = difflib.get_close_matches(where, names, n=5, cutoff=0.0) if isinstance(where, str) else names
+        raise ValueError(f"nothing matches where={_shown(where)}; the nearest of {len(names)} paths: {_some(near)}")
+    return jax.tree.unflatten(treedef, chosen)
+
+
+def _shown(where: Where) -> str:
+    return getattr(where, "__name__", repr(where)) if callable(where) else repr(where)[:200]
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "") if names else "(the tree has no leaves)"
+
+
+def selected(tree: PyTree, where: Where = "**") -> dict[str, Any]:
+    """The chosen leaves by path, in tree order.
+
+    >>> list(selected({"a": {"kernel": 1.0}, "b": {"kernel": 2.0, "bias": 3.0}}, "**/kernel"))
+    ['a/kernel', 'b/kernel']
+    """
+    names, leaves, _ = flatten(tree)
+    flags = jax.tree.leaves(select(tree, where))
+    return {name: leaf for name, leaf, flag in zip(names, leaves, flags, strict=True) if flag}
+
+
+def map_selected(fn: Callable[..., Any], tree: PyTree, *rest: PyTree, where: Where = "**") -> PyTree:
+    """Maps `fn` over the chosen leaves of `tree` (and the same leaves of `rest`); the others pass through.
+
+    >>> map_selected(lambda x: -x, {"kernel": 1.0, "bias": 2.0}, where="kernel")
+    {'bias': 2.0, 'kernel': -1.0}
+    """
+    flags = select(tree, where)
+    return jax.tree.map(lambda leaf, flag, *others: fn(leaf, *others) if flag else leaf, tree, flags, *rest, is_leaf=is_compressed)
+
+
+def latent(leaf: Any, path: str = "") -> Array:
+    """The weight that training moves: the array itself, or the latent weight that a compressed leaf declares.
+
+    A compressed leaf class says which of its fields train (`trains`, a tuple of names) and which one, if any, is a weight of the
+    leaf's own shape (`latent`, a name or None). Penalties, decay and masks act on that one.
+
+    Raises:
+      TypeError: the leaf stores no latent weight (integer codes, say); the message names the path.
+
+    >>> latent(jnp.array([1.0, 2.0]))
+    Array([1., 2.], dtype=float32)
+    """
+    if not is_compressed(leaf):
+        return leaf
+    name = getattr(type(leaf), "latent", None)
+    if name is None:
+        raise TypeError(
+            f"{path or 'a leaf'} is stored as {type(leaf).__name__}, which has no latent weight to act on; "
+            "leave it out of `where`, or decompress it first"
+        )
+    return getattr(leaf, name)
+
+
+def replace_latent(leaf: Any, value: Array) -> Any:
+    """`leaf` with its latent weight replaced: the inverse of `latent`.
+
+    >>> replace_latent(jnp.array([1.0, 2.0]), jnp.zeros(2))
+    Array([0., 0.], dtype=float32)
+    """
+    if not is_compressed(leaf):
+        return value
+    field = jax.tree_util.GetAttrKey(type(leaf).latent)
+    children, treedef = jax.tree_util.tree_flatten_with_path(leaf)
+    return jax.tree.unflatten(treedef, [value if path[:1] == (field,) else child for path, child in children])
+
+
+def size(tree: PyTree) -> int:
+    """How many numbers the tree stores; a compressed leaf counts what it stores, scales and codebooks included.
+
+    >>> size({"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)})
+    9
+    """
+    return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree))
+
+
+def nbytes(tree: PyTree) -> int:
+    """Bytes of the tree's arrays as stored, unpadded and uncompressed; shapes alone (`jax.eval_shape`) will do.
+
+    >>> nbytes({"kernel": jnp.ones((2, 3), jnp.bfloat16), "bias": jnp.ones(3)})
+    24
+    """
+    return sum(math.prod(jnp.shape(leaf)) * jnp.result_type(leaf).itemsize for leaf in jax.tree.leaves(tree))

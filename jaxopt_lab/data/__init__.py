@@ -1,0 +1,21 @@
+"""Floor 2: arrays, data sets, and batches as a pure function of the seed and the step. Plain numpy: no device is touched."""
+
+from jaxopt_lab.data.checks import validate
+from jaxopt_lab.data.datasets import Dataset, digits, from_arrays, load, mnist, mnist1d
+from jaxopt_lab.data.idx import read_idx
+from jaxopt_lab.data.streams import Batches, Plan, batches, padded
+
+__all__ = [
+    "Batches",
+    "Dataset",
+    "Plan",
+    "batches",
+    "digits",
+    "from_arrays",
+    "load",
+    "mnist",
+    "mnist1d",
+    "padded",
+    "read_idx",
+    "validate",
+]

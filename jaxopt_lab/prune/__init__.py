@@ -1,0 +1,40 @@
+"""Pruning while training: criterion x distribution x pattern, and `sparsify`, which wraps any Optax optimiser."""
+
+from jaxopt_lab.prune.criteria import Criterion, magnitude, random, saliency
+from jaxopt_lab.prune.distributions import Distribution, erdos_renyi_kernel, global_, threshold, uniform
+from jaxopt_lab.prune.inner import Moments, moments
+from jaxopt_lab.prune.one_shot import one_shot
+from jaxopt_lab.prune.patterns import Pattern, block, n_of_m, unstructured
+from jaxopt_lab.prune.selection import keep_largest, kth_largest
+from jaxopt_lab.prune.sparsify import sparsify
+from jaxopt_lab.prune.state import PackedMask, SparsifyState, Sparsity, apply_masks, masks, pack, sparsity, unpack
+
+__all__ = [
+    "Criterion",
+    "Distribution",
+    "Moments",
+    "PackedMask",
+    "Pattern",
+    "SparsifyState",
+    "Sparsity",
+    "apply_masks",
+    "block",
+    "erdos_renyi_kernel",
+    "global_",
+    "keep_largest",
+    "kth_largest",
+    "magnitude",
+    "masks",
+    "moments",
+    "n_of_m",
+    "one_shot",
+    "pack",
+    "random",
+    "saliency",
+    "sparsify",
+    "sparsity",
+    "threshold",
+    "uniform",
+    "unpack",
+    "unstructured",
+]

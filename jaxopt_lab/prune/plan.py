@@ -1,0 +1,135 @@
+"""When masks change, and how many units stay then."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxopt_lab.core.types import Array, Schedule
+from jaxopt_lab.prune.distributions import Distribution
+from jaxopt_lab.prune.patterns import Pattern, unit_count
+from jaxopt_lab.prune.selection import keep_largest
+
+__all__ = ["Plan"]
+
+_LONGEST_TABLE = 10_000_000
+_MANY_STEPS = 256
+
+
+class Plan(NamedTuple):
+    """What is cut and when, checked as it is built.
+
+    Attributes:
+      sparsity: a number or a schedule, or None where pattern or distribution decide.
+      fractions: the sparsity at each mask update, float64 `[updates]` on the host; None where it is traced or there is none.
+      begin, end, every: the updates at which masks change.
+      distribution, pattern: how the cut is shared, and which weights go together.
+    """
+
+    sparsity: float | Schedule | None
+    fractions: np.ndarray | None
+    begin: int
+    end: int
+    every: int
+    distribution: Distribution
+    pattern: Pattern
+
+    @classmethod
+    def of(
+        cls,
+        sparsity: float | Schedule | None,
+        begin: int,
+        end: int | None,
+        every: int,
+        distribution: Distribution,
+        pattern: Pattern,
+    ) -> "Plan":
+        """Checks the options against each other, and evaluates the sparsity at every mask update."""
+        if every < 1 or begin < 0 or (end is not None and end < begin):
+            raise ValueError(f"sparsify: needs 0 <= begin <= end and every >= 1; got begin={begin}, end={end}, every={every}")
+        if callable(sparsity) and end is None:
+            raise ValueError("sparsify: a schedule of sparsity needs `end`, the last update at which masks change")
+        if pattern.fixed is not None and distribution.below is not None:
+            raise ValueError("sparsify: a fixed pattern and an absolute threshold both decide what is cut; choose one")
+        decided = pattern.fixed is not None or distribution.below is not None
+        if decided and sparsity is not None:
+            raise ValueError(f"sparsify: this pattern or threshold sets its own sparsity; drop sparsity={sparsity}")
+        if not decided and sparsity is None:
+            raise ValueError("sparsify: give a sparsity from 0 to 1, or a schedule of one")
+        last = begin if end is None else end
+        fractions = None if sparsity is None else _on_host(sparsity, [*range(begin, last, every), last])
+        return cls(sparsity, fractions, begin, last, every, distribution, pattern)
+
+    def due(self, count: Array) -> Array:
+        """Whether masks change at the update numbered `count`."""
+        inside = (count >= self.begin) & (count <= self.end)
+        return inside & (((count - self.begin) % self.every == 0) | (count == self.end))
+
+    def masks(self, scores: Sequence[Array], old: Sequence[Array], count: Array) -> list[Array]:
+        """The masks that the scores `[...]` of each leaf give at an update where masks change."""
+        # A cut weight ranks below every live one: otherwise a live weight that happens to be zero could change places with it.
+        if self.pattern.fixed is not None:
+            return [self.pattern.fixed(jnp.where(mask, score, -jnp.inf)) for score, mask in zip(scores, old, strict=True)]
+        alive = [self.pattern.units(mask.astype(score.dtype)) > 0 for score, mask in zip(scores, old, strict=True)]
+        units = [jnp.where(live, self.pattern.units(score), -jnp.inf) for score, live in zip(scores, alive, strict=True)]
+        below = self.distribution.below
+        if below is None:
+            kept = keep_largest(units, self.keep([score.shape for score in scores], count), joint=self.distribution.joint)
+        else:
+            tau = below(count) if callable(below) else below
+            kept = [unit >= tau for unit in units]
+        return [self.pattern.expand(unit, score.shape) for unit, score in zip(kept, scores, strict=True)]
+
+    def keep(self, shapes: Sequence[tuple[int, ...]], count: Array) -> Array:
+        """How many units stay at an update: `[1]` over all leaves where they compete, else `[leaves]`."""
+        units = np.array([unit_count(self.pattern, shape) for shape in shapes], dtype=np.int64)
+        sizes = units.sum(keepdims=True) if self.distribution.joint else units
+        allocate = self.distribution.allocate or (lambda shapes, sparsity: (sparsity,))
+        if self.fractions is None:
+            fraction = self.sparsity(count) if callable(self.sparsity) else self.sparsity
+            try:
+                shares = jnp.stack(allocate(shapes, jnp.asarray(fraction, jnp.float32)))
+            except jax.errors.ConcretizationTypeError as error:
+                raise ValueError("sparsify: this distribution is solved on the host and takes no traced sparsity") from error
+            return jnp.asarray(sizes, jnp.uint32) - jnp.round(shares * sizes.astype(np.float32)).astype(jnp.uint32)
+        if len(self.fractions) * len(sizes) > _LONGEST_TABLE:
+            raise ValueError(
+                f"sparsify: {len(self.fractions)} mask updates of {len(sizes)} leaves are too many to plan; make `every` larger"
+            )
+        shares = np.array([allocate(shapes, fraction) for fraction in self.fractions.tolist()])
+        table = sizes - np.rint(shares * sizes).astype(np.int64)
+        # The last update may come early, off the grid of `every`: hence the rounding up.
+        return jnp.asarray(table.astype(np.uint32))[(count - self.begin + self.every - 1) // self.every]
+
+
+def _on_host(sparsity: float | Schedule, steps: Sequence[int]) -> np.ndarray | None:
+    with jax.ensure_compile_time_eval():
+        values = _evaluate(sparsity, steps) if callable(sparsity) else [sparsity] * len(steps)
+    if any(isinstance(value, Tracer) for value in values):
+        return None
+    fractions = np.array([_decimal(value) for value in values])
+    for step, fraction in zip(steps, fractions, strict=True):
+        if not 0.0 <= fraction <= 1.0:
+            raise ValueError(f"sparsify: a sparsity is a fraction from 0 to 1; got {fraction} at update {step}")
+    return fractions
+
+
+def _evaluate(schedule: Schedule, steps: Sequence[int]) -> Sequence[Any]:
+    """The schedule at each step: in one vectorised call where there are many steps and it takes an array of them."""
+    if len(steps) > _MANY_STEPS:
+        try:
+            values = np.asarray(schedule(np.asarray(steps)))
+            if values.shape == (len(steps),) and values[-1] == schedule(steps[-1]) and values[0] == schedule(steps[0]):
+                return list(values)
+        except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
+            pass
+    return [schedule(step) for step in steps]
+
+
+def _decimal(value: Any) -> float:
+    """A float32 is read as its shortest decimal: a schedule computed in float32 that says 0.9 means 0.9."""
+    array = np.asarray(value)
+    return float(str(array[()])) if array.dtype.itemsize < 8 and np.issubdtype(array.dtype, np.floating) else float(array)

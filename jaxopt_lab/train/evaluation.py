@@ -1,0 +1,119 @@
+"""Weighted means over a data set, in one compilation however the last batch ends."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxopt_lab.core.types import Array, PyTree
+from jaxopt_lab.nets import Model
+from jaxopt_lab.train.state import State, compressed, variables
+
+__all__ = ["accuracy", "evaluate"]
+
+Metric = Callable[[Any, dict], Array]
+
+
+def accuracy(outputs: Array, batch: dict) -> Array:
+    r"""Whether the largest logit is the label's: :math:`\mathbf{1}[\arg\max_k z_k = y]`.
+
+    Args:
+      outputs: logits, `[B, K]`.
+      batch: its entry "y" holds labels, `[B]` integers.
+
+    >>> accuracy(jnp.array([[0.0, 1.0], [2.0, 1.0]]), {"y": jnp.array([1, 1])})
+    Array([1., 0.], dtype=float32)
+    """
+    return (jnp.argmax(outputs, axis=-1) == batch["y"]).astype(jnp.float32)
+
+
+def evaluate(
+    model: Model | Callable[..., Any],
+    state: State | PyTree,
+    data: Mapping[str, Any] | Iterable[Mapping[str, Any]],
+    *,
+    metrics: Mapping[str, Metric] | None = None,
+    batch_size: int = 256,
+) -> dict[str, float]:
+    r"""Weighted means of per-example metrics: :math:`\sum_i w_i m_i / \sum_i w_i`.
+
+    Args:
+      model: a `Model`, or `predict(variables, *inputs) -> outputs`. Compressed leaves go through `compress.lift`.
+      state: a training state, or the variables themselves.
+      data: arrays `{"x": [N, ...], "y": [N], ...}`, or an iterable of batches, each with or without "weight" (`[B]`).
+      metrics: `(outputs, batch) -> [B]` by name; accuracy by default.
+      batch_size: how many rows at once where `data` is arrays. The last batch is padded with rows of weight 0, so that there is one
+        compilation; it is kept while `model` and the metrics are the same objects.
+
+    Raises:
+      ValueError: there is no "x", no data, or a metric is not `[B]`.
+
+    >>> predict = lambda variables, x: x * variables["params"]
+    >>> data = {"x": np.eye(3, dtype=np.float32), "y": np.array([0, 1, 1])}
+    >>> result = evaluate(predict, {"params": 2.0}, data, batch_size=2)
+    >>> round(result["accuracy"], 4)
+    0.6667
+    """
+    whole = variables(state) if isinstance(state, State) else state
+    predict = model.predict if isinstance(model, Model) else model
+    chosen = tuple((metrics or {"accuracy": accuracy}).items())
+    sums = _summing(predict, chosen, compressed(whole))
+    totals = [sums(whole, batch) for batch in _padded(data, batch_size)]
+    if not totals:
+        raise ValueError("there is nothing to evaluate on: data holds no rows")
+    *values, weight = np.sum(np.asarray(jax.device_get(totals), np.float64), axis=0)
+    return {name: float(value / weight) for (name, _), value in zip(chosen, values, strict=True)}
+
+
+@lru_cache(maxsize=32)
+def _summing(predict: Callable, metrics: tuple[tuple[str, Metric], ...], stored: bool) -> Callable:
+    """`(variables, batch) -> [weighted sums..., sum of weights]`, compiled."""
+    if stored:
+        from jaxopt_lab import compress
+
+        predict = compress.lift(predict)
+
+    @jax.jit
+    def sums(whole, batch):
+        weight = batch["weight"].astype(jnp.float32)
+        inputs = batch["x"] if isinstance(batch["x"], tuple) else (batch["x"],)
+        outputs = predict(whole, *inputs)
+        values = [metric(outputs, batch) for _, metric in metrics]
+        for (name, _), value in zip(metrics, values, strict=True):
+            if jnp.shape(value) != weight.shape:
+                raise ValueError(f"metric {name} must return one value per example, {weight.shape}; it returned {jnp.shape(value)}")
+        # A weight of 0 also silences the metric's NaN on a padded row.
+        return [jnp.sum(jnp.where(weight > 0, weight * value, 0.0)) for value in values] + [jnp.sum(weight)]
+
+    return sums
+
+
+def _padded(data: Mapping | Iterable[Mapping], batch_size: int) -> Iterator[dict]:
+    """Batches with weights, all of the first one's size unless a later one is larger."""
+    size = 0
+    for batch in _sliced(data, batch_size) if isinstance(data, Mapping) else data:
+        rows = _rows(batch)
+        size = size or rows
+        weighted = {"weight": np.ones(rows, np.float32), **batch}
+        yield _extended(weighted, rows, size) if rows < size else weighted
+
+
+def _sliced(arrays: Mapping, batch_size: int) -> Iterator[dict]:
+    for first in range(0, _rows(arrays), batch_size):
+        yield jax.tree.map(lambda v: v[first : first + batch_size], dict(arrays))  # noqa: B023
+
+
+def _extended(batch: dict, rows: int, size: int) -> dict:
+    """`size` rows: the first one is repeated, with a weight of 0."""
+    longer = jax.tree.map(lambda v: np.concatenate([v, np.repeat(v[:1], size - rows, 0)]), batch)
+    longer["weight"][rows:] = 0.0
+    return longer
+
+
+def _rows(batch: Mapping) -> int:
+    if "x" not in batch:
+        raise ValueError(f'data to evaluate on must have the entry "x"; it has {", ".join(map(str, batch))}')
+    return int(np.shape(jax.tree.leaves(batch["x"])[0])[0])

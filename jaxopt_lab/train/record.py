@@ -1,0 +1,129 @@
+"""What a run leaves behind: a line of JSON a record, a progress bar, and the rule that ends it early."""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+__all__ = ["EarlyStopping", "Metrics", "Progress"]
+
+
+class EarlyStopping(NamedTuple):
+    """Ends a run once a metric has not improved for a while; `fit` then returns the best state, not the last.
+
+    Attributes:
+      monitor: the name of a metric that `evaluate` returns.
+      patience: how many evaluations in a row may pass without an improvement.
+      maximise: whether more is better.
+      min_delta: by how much a value must beat the best one to count as an improvement.
+
+    >>> EarlyStopping("accuracy", patience=3).improves(0.9, 0.8)
+    True
+    """
+
+    monitor: str
+    patience: int
+    maximise: bool = True
+    min_delta: float = 0.0
+
+    def improves(self, value: float, best: float | None) -> bool:
+        """Whether `value` beats `best` (None: there is none yet); NaN never does."""
+        if math.isnan(value) or best is None:
+            return not math.isnan(value)
+        return value > best + self.min_delta if self.maximise else value < best - self.min_delta
+
+
+class Metrics:
+    """`metrics.jsonl` in a run's directory: one JSON object a line, each with its "step"; NaN and infinities are null.
+
+    Lines past the step that a run starts from are dropped, so a resumed run does not count twice; so is a torn last line.
+
+    Args:
+      directory: made if need be; None keeps no file.
+      step: the step that the run starts from.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory, Metrics(directory, step=0) as metrics:
+    ...     metrics.write({"step": 1, "loss": float("nan")})
+    ...     print((Path(directory) / "metrics.jsonl").read_text().strip())
+    {"step": 1, "loss": null}
+    """
+
+    def __init__(self, directory: str | os.PathLike | None, step: int):
+        self._file = None
+        if directory is None:
+            return
+        path = Path(directory) / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in path.read_text().splitlines() if _step(line) <= step] if path.exists() else []
+        beside = path.with_suffix(".tmp")
+        beside.write_text("".join(line + "\n" for line in kept))
+        os.replace(beside, path)
+        self._file = path.open("a")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Appends one record and flushes it."""
+        if self._file is not None:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+            self._file.flush()
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf
+
+
+class Progress:
+    """A bar on a terminal, plain lines elsewhere, both on standard error; or nothing.
+
+    Args:
+      first: the step that the run starts from.
+      last: the step that it ends at.
+      shown: False for nothing at all.
+    """
+
+    def __init__(self, first: int, last: int, *, shown: bool = True):
+        self._first, self._last, self._shown, self._bar = first, last, shown, None
+
+    def __enter__(self) -> "Progress":
+        if self._shown and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+            self._bar = Bar(*columns, console=Console(stderr=True))
+            self._task = self._bar.add_task("", total=self._last - self._first)
+            self._bar.start()
+        return self
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step`."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step - self._first)
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Shows a record: beside the bar, or as a line."""
+        if not self._shown:
+            return
+        text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items())
+        if self._bar is not None:
+            self._bar.update(self._task, description=text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.stop()

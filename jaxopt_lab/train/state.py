@@ -1,0 +1,88 @@
+"""The state of a training run: one pytree, and nothing besides."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxopt_lab.core.tree import is_compressed
+from jaxopt_lab.core.types import Array, PyTree
+from jaxopt_lab.nets import Model
+
+__all__ = ["State", "compressed", "init", "variables"]
+
+
+class State(NamedTuple):
+    """Everything a step changes.
+
+    Attributes:
+      params: the parameters, any tree.
+      model_state: the model's other collections, such as running statistics; empty if it has none.
+      opt_state: the optimiser's state.
+      step: how many steps were taken; int32, shape `[]`.
+      key: a typed key that never changes; step `t` draws from `fold_in(key, t)`.
+    """
+
+    params: PyTree
+    model_state: PyTree
+    opt_state: PyTree
+    step: Array
+    key: Array
+
+
+def compressed(params: PyTree) -> bool:
+    """Whether any leaf is a compressed one.
+
+    >>> compressed({"kernel": jnp.ones(3)})
+    False
+    """
+    return any(map(is_compressed, jax.tree.leaves(params, is_leaf=is_compressed)))
+
+
+def init(model: Model, tx: optax.GradientTransformation, key: Array, example: Any, variables: PyTree | None = None) -> State:
+    """The state before the first step.
+
+    Args:
+      model: as of `nets.from_linen` and its like.
+      tx: any Optax transform; on compressed leaves it acts through `compress.optimizer`.
+      key: a typed key, `jax.random.key(seed)`; one half draws the parameters, the other drives the steps.
+      example: an input `[B, ...]`, a tuple of several, or a batch with the entry "x"; only shapes and types matter to most models.
+      variables: start from these instead of drawing any (pretrained, pruned or compressed ones).
+
+    Raises:
+      TypeError: `key` is not a typed key.
+      ValueError: `variables` has no "params", or a batch has no "x".
+
+    >>> from jaxopt_lab import nets
+    >>> state = init(nets.from_linen(nets.MLP(features=())), optax.sgd(0.1), jax.random.key(0), jnp.ones((1, 4)))
+    >>> int(state.step), jax.tree.map(jnp.shape, state.params)
+    (0, {'Dense_0': {'bias': (10,), 'kernel': (4, 10)}})
+    """
+    if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+        raise TypeError(f"key must be a typed key, as jax.random.key(seed) gives; got {getattr(key, 'dtype', type(key).__name__)}")
+    if isinstance(example, dict):
+        if "x" not in example:
+            raise ValueError(f'example is a batch without "x"; it has {", ".join(map(str, example))}')
+        example = example["x"]
+    inputs = example if isinstance(example, tuple) else (example,)
+    init_key, key = jax.random.split(key)
+    whole: dict[str, PyTree] = jax.jit(model.init)(init_key, *inputs) if variables is None else variables
+    if "params" not in whole:
+        raise ValueError(f'variables must have the entry "params"; they have {", ".join(map(str, whole))}')
+    params = whole["params"]
+    if compressed(params):
+        from jaxopt_lab import compress
+
+        tx = compress.optimizer(tx)
+    model_state = {name: value for name, value in whole.items() if name != "params"}
+    return State(params, model_state, tx.init(params), jnp.int32(0), key)
+
+
+def variables(state: State) -> PyTree:
+    """The variables a `Model` takes: `{"params": ..., **model_state}`.
+
+    >>> variables(State({"w": 1.0}, {"batch_stats": 2.0}, (), jnp.int32(0), jax.random.key(0)))
+    {'params': {'w': 1.0}, 'batch_stats': 2.0}
+    """
+    return {"params": state.params, **state.model_state}

@@ -1,0 +1,56 @@
+"""Landing, straight-through, and the predicate that stays one under vmap."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxopt_lab.core import numerics
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_landing_is_exact_on_zeros_and_one_rounding_elsewhere(dtype, wrap):
+    keys = jax.random.split(jax.random.key(0))
+    params = {"w": (jax.random.normal(keys[0], (64,)) * 10.0 ** jnp.linspace(-4, 4, 64)).astype(dtype)}
+    updates = {"w": jax.random.normal(keys[1], (64,)).astype(dtype)}
+
+    def project(tree):
+        return jax.tree.map(lambda x: jnp.where(jnp.abs(x) < 1, 0, 0.9 * x).astype(x.dtype), tree)
+
+    target = project(optax.apply_updates(params, updates))["w"]
+    landed = optax.apply_updates(params, wrap(lambda p, u: numerics.landing(project, p, u))(params, updates))["w"]
+    assert landed.dtype == dtype
+    assert (np.asarray(landed)[np.asarray(target == 0)] == 0).all()
+    np.testing.assert_allclose(
+        np.asarray(landed, np.float64), np.asarray(target, np.float64), rtol=float(jnp.finfo(dtype).eps), atol=0
+    )
+
+
+def test_straight_through_value_and_gradient():
+    x = jnp.array([-1.6, 0.3, 2.5])
+    value, gradient = jax.jit(jax.vmap(jax.value_and_grad(lambda x: numerics.straight_through(x, jnp.round(x)) ** 2)))(x)
+    np.testing.assert_array_equal(value, jnp.round(x) ** 2)
+    np.testing.assert_array_equal(gradient, 2 * jnp.round(x))
+    _, tangent = jax.jvp(lambda x: numerics.straight_through(x, jnp.inf * x), (x,), (jnp.ones(3),))
+    np.testing.assert_array_equal(tangent, 1.0)
+
+
+def test_clipped_straight_through():
+    gradient = jax.vmap(jax.grad(lambda x: numerics.clipped_straight_through(x, jnp.sign(x), -1.0, 1.0)))
+    np.testing.assert_array_equal(gradient(jnp.array([-1.5, -1.0, 0.2, 1.0, 1.5])), [0, 1, 1, 1, 0])
+
+
+def test_any_over_batch_keeps_the_cond_and_its_gradient():
+    def f(due, x):
+        y = jax.lax.cond(numerics.any_over_batch(due), lambda x: jnp.where(due, x**3, x), lambda x: x, x)
+        return y.sum()
+
+    due, x = jnp.array([False, True]), jnp.array([[2.0], [3.0]])
+    batched = jax.vmap(f)
+    assert "cond[" in str(jax.make_jaxpr(batched)(due, x))
+    np.testing.assert_array_equal(batched(due, x), [2, 27])
+    np.testing.assert_array_equal(jax.vmap(jax.grad(f, argnums=1))(due, x), [[1], [27]])
+    np.testing.assert_array_equal(jax.vmap(batched)(due[None], x[None]), [[2, 27]])
+    np.testing.assert_array_equal(jax.vmap(f, in_axes=(None, 0))(jnp.array(True), x), [8, 27])

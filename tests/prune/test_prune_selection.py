@@ -1,0 +1,98 @@
+"""The threshold is exact, ties keep the lowest flat index, and sharded leaves stay where they are."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxopt_lab import prune
+
+KTH = jax.jit(prune.kth_largest)
+KEEP = jax.jit(lambda scores, k: prune.keep_largest(scores, k, joint=True))
+SHAPES = [(7, 5), (64,), (3, 3, 4)]
+
+DRAWS = {
+    "normal": lambda rng, shape: rng.normal(size=shape),
+    "many ties": lambda rng, shape: rng.integers(-3, 3, size=shape) / 2,
+    "all equal": lambda rng, shape: np.full(shape, 0.25),
+    "all zero, both signs": lambda rng, shape: np.where(rng.random(shape) < 0.5, -0.0, 0.0),
+    "cut before": lambda rng, shape: np.where(rng.random(shape) < 0.6, -np.inf, np.abs(rng.normal(size=shape))),
+    "forty decades": lambda rng, shape: 10.0 ** rng.uniform(-38, 38, size=shape),
+    "subnormal": lambda rng, shape: rng.integers(0, 9, size=shape) * 1e-45,
+    "infinite": lambda rng, shape: np.where(rng.random(shape) < 0.2, np.inf, rng.normal(size=shape)),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_against_a_stable_sort(draw):
+    rng = np.random.default_rng(0)
+    for seed in range(6):
+        scores = [DRAWS[draw](rng, shape).astype(np.float32) for shape in SHAPES]
+        flat = np.concatenate([score.ravel() for score in scores])
+        if draw == "subnormal":
+            # XLA on CPU reads subnormal numbers as zero, and so do we.
+            flat = np.zeros_like(flat)
+        n = flat.size
+        order = np.argsort(-flat, kind="stable")
+        for k in (0, 1, int(rng.integers(2, n - 1)), n - 1, n)[: 5 if seed == 0 else 3]:
+            expected = np.zeros(n, bool)
+            expected[order[:k]] = True
+            masks = KEEP(scores, jnp.array([k]))
+            np.testing.assert_array_equal(np.concatenate([np.asarray(mask).ravel() for mask in masks]), expected)
+            if k:
+                np.testing.assert_array_equal(KTH(scores, jnp.uint32(k)), flat[order[k - 1]])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision(dtype):
+    x = jax.random.normal(jax.random.key(0), (999,)).astype(dtype)
+    assert KTH(x, 100) == jnp.sort(x)[-100]
+
+
+def test_mixed_precision_competes_in_the_wider():
+    scores = [jnp.array([1.0, 2.0], jnp.bfloat16), jnp.array([1.5, 0.5])]
+    assert KTH(scores, 2) == 1.5
+
+
+def test_nan_is_the_largest():
+    assert jnp.isnan(KTH(jnp.array([1.0, jnp.nan, 3.0]), 1))
+    np.testing.assert_array_equal(KEEP([jnp.array([1.0, jnp.nan, 3.0])], jnp.array([2]))[0], [False, True, True])
+
+
+def test_each_leaf_by_itself():
+    masks = prune.keep_largest([jnp.arange(4.0), jnp.arange(3.0)], jnp.array([1, 2]), joint=False)
+    np.testing.assert_array_equal(masks[0], [False, False, False, True])
+    np.testing.assert_array_equal(masks[1], [False, True, True])
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="from 1 to the number of scores, 3; got 4"):
+        prune.kth_largest(jnp.ones(3), 4)
+    with pytest.raises(ValueError, match="got 0"):
+        prune.kth_largest({}, 1)
+
+
+def collectives(program):
+    """The collectives of a compiled program with the largest number of elements in each one's result."""
+    found = {}
+    for shapes, name in re.findall(r"= (.*?) (all-[a-z]+|collective-[a-z]+|reduce-scatter)[a-z-]*\(", program):
+        for dims in re.findall(r"\[([\d,]*)\]", shapes):
+            found[name] = max(found.get(name, 0), int(np.prod([int(d) for d in dims.split(",") if d])))
+    return found
+
+
+@pytest.mark.parametrize("spec", [P("a", "b"), P(None, "a"), P(("a", "b"))])
+def test_sharded_leaves_are_never_gathered(spec):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    scores = jax.random.normal(jax.random.key(0), (64, 32))
+    sharded = jax.device_put(scores, NamedSharding(mesh, spec))
+    for fn in (prune.kth_largest, lambda x, k: prune.keep_largest([x], k[None], joint=True)[0]):
+        compiled = jax.jit(fn).lower(sharded, jnp.uint32(300)).compile()
+        found = collectives(compiled.as_text())
+        assert set(found) == {"all-reduce"}
+        assert found["all-reduce"] == 1
+        np.testing.assert_array_equal(compiled(sharded, jnp.uint32(300)), fn(scores, jnp.uint32(300)))
