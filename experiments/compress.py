@@ -72,7 +72,9 @@ class Lab:
 
         self.config = config
         self.data: Dataset = data.load(config.dataset, cli.data_directory(config.data_dir))
-        epochs = config.epochs or {"digits": 60, "mnist1d": 40, "mnist": 8}[config.dataset]
+        epochs = {"digits": 60, "mnist1d": 40, "mnist": 8}[config.dataset] if config.epochs is None else config.epochs
+        if epochs < 1:
+            raise ValueError(f"epochs={epochs}; train for one or more")
         self.steps = epochs * data.batches(self.data.train, config.batch_size, seed=config.seed).steps_per_epoch
         self.rows: list[Stage] = []
 
@@ -131,6 +133,8 @@ def stages(lab: Lab) -> Path:
     from jaxopt_lab import compress, losses, prune, schedules
 
     config, arrays = lab.config, dict(lab.data.train)
+    begin, end = lab.steps // 10, lab.steps * 7 // 10
+    ramp = schedules.cubic(0.0, config.sparsity, begin, end)
     teacher, student = networks(config.dataset)
     labels = losses.per_example(losses.cross_entropy)
 
@@ -148,8 +152,6 @@ def stages(lab: Lab) -> Path:
     distilled, seconds = lab.train(student, arrays=arrays, loss=loss)
     lab.keep("distilled", student, distilled, seconds)
 
-    begin, end = lab.steps // 10, lab.steps * 7 // 10
-    ramp = schedules.cubic(0.0, config.sparsity, begin, end)
     pruned, seconds = lab.train(
         student,
         arrays=arrays,

@@ -37,6 +37,7 @@ class Config:
     learning_rate: float = 2e-3
     sparsity: float = 0.95
     dropout: float = 0.2
+    """Of the dense training; the sparse one has none."""
 
 
 def study(config: Config) -> None:
@@ -64,16 +65,18 @@ def one_seed(config: Config, seed: int, loaded: Any) -> list[Any]:
     from jaxopt_lab import checkpoint, compress, data, losses, nets, prune, report, schedules, train
 
     model = nets.from_linen(nets.LeNet(dropout=config.dropout))
+    # What is left of 95 % needs no dropout: with it a seed lost 0.46 points, without 0.15.
+    steady = nets.from_linen(nets.LeNet())
     loss = losses.per_example(losses.cross_entropy)
     batches = data.batches(loaded.train, config.batch_size, seed=seed)
     steps = config.epochs * batches.steps_per_epoch
-    begin, end = steps // 20, steps // 2
+    begin, end = steps // 20, steps * 6 // 10
     adam = optax.adam(optax.cosine_decay_schedule(config.learning_rate, steps))
     ramp = schedules.cubic(0.0, config.sparsity, begin, end)
     sparse = prune.sparsify(adam, ramp, begin=begin, end=end, every=max(1, steps // 200))
     rows: list[Any] = []
 
-    def trained(tx: Any, variables: Any = None) -> Any:
+    def trained(model: Any, tx: Any, variables: Any = None) -> Any:
         state = train.init(model, tx, jax.random.key(seed), batches(0), variables)
         result = train.fit(train.make_step(model, loss, tx), state, batches, steps=steps, log_every=batches.steps_per_epoch)
         return train.variables(result.state)
@@ -85,9 +88,9 @@ def one_seed(config: Config, seed: int, loaded: Any) -> list[Any]:
         print(f"seed {seed}, {name}: {100 * rows[-1].accuracy:.2f} %", file=sys.stderr, flush=True)
         return variables
 
-    dense = keep("dense", trained(adam))
+    dense = keep("dense", trained(model, adam))
     keep("dense, int8", {**dense, "params": compress.quantize(dense["params"])})
-    pruned = keep("sparse", trained(sparse, dense))
+    pruned = keep("sparse", trained(steady, sparse, dense))
     keep("sparse, int8", {**pruned, "params": compress.quantize(pruned["params"])})
     return rows
 

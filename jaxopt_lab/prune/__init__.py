@@ -2,6 +2,7 @@
 
 from jaxopt_lab.prune.criteria import Criterion, magnitude, random, saliency
 from jaxopt_lab.prune.distributions import Distribution, erdos_renyi_kernel, global_, threshold, uniform
+from jaxopt_lab.prune.growth import Growth, gradient_growth, random_growth
 from jaxopt_lab.prune.inner import Moments, moments
 from jaxopt_lab.prune.one_shot import one_shot
 from jaxopt_lab.prune.patterns import Pattern, block, n_of_m, unstructured
@@ -12,6 +13,7 @@ from jaxopt_lab.prune.state import PackedMask, SparsifyState, Sparsity, apply_ma
 __all__ = [
     "Criterion",
     "Distribution",
+    "Growth",
     "Moments",
     "PackedMask",
     "Pattern",
@@ -21,6 +23,7 @@ __all__ = [
     "block",
     "erdos_renyi_kernel",
     "global_",
+    "gradient_growth",
     "keep_largest",
     "kth_largest",
     "magnitude",
@@ -30,6 +33,7 @@ __all__ = [
     "one_shot",
     "pack",
     "random",
+    "random_growth",
     "saliency",
     "sparsify",
     "sparsity",

@@ -10,6 +10,7 @@ import optax
 from jaxopt_lab.core import tree
 from jaxopt_lab.core.types import Array, PyTree, Where
 from jaxopt_lab.prune.criteria import Criterion
+from jaxopt_lab.prune.growth import Growth
 from jaxopt_lab.prune.patterns import Pattern
 
 __all__ = ["Chosen"]
@@ -87,3 +88,10 @@ class Chosen(NamedTuple):
         """What the criterion makes of each weight; nothing is differentiated through it."""
         weights, gradients = jax.lax.stop_gradient((self.weights, list(gradients)))
         return [criterion.score(*row) for row in zip(self.paths, weights, gradients, strict=True)]
+
+    def growth(self, growth: Growth, gradients: Sequence[Array], count: Array) -> tuple[list[Array], Array]:
+        """What ranks each weight for coming back, and the fraction of live ones to exchange."""
+        weights, gradients = jax.lax.stop_gradient((self.weights, list(gradients)))
+        scores = [growth.score(*row, count) for row in zip(self.paths, weights, gradients, strict=True)]
+        fraction = growth.fraction(count) if callable(growth.fraction) else growth.fraction
+        return scores, jnp.asarray(fraction, jnp.float32)

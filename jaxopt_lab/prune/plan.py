@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from jaxopt_lab.core.types import Array, Schedule
 from jaxopt_lab.prune.distributions import Distribution
+from jaxopt_lab.prune.growth import Growth
 from jaxopt_lab.prune.patterns import Pattern, unit_count
 from jaxopt_lab.prune.selection import keep_largest
 
@@ -63,25 +64,51 @@ class Plan(NamedTuple):
         fractions = None if sparsity is None else _on_host(sparsity, [*range(begin, last, every), last])
         return cls(sparsity, fractions, begin, last, every, distribution, pattern)
 
+    def check_growth(self, growth: Growth) -> None:
+        """Refuses growth where no count decides, and a fraction that is none."""
+        if self.sparsity is None:
+            raise ValueError("sparsify: growth needs a sparsity; a fixed pattern or an absolute threshold leaves no room for it")
+        if not callable(growth.fraction) and not isinstance(growth.fraction, Tracer) and not 0 <= growth.fraction <= 1:
+            raise ValueError(f"sparsify: growth exchanges a fraction from 0 to 1; got {growth.fraction}")
+
     def due(self, count: Array) -> Array:
         """Whether masks change at the update numbered `count`."""
         inside = (count >= self.begin) & (count <= self.end)
         return inside & (((count - self.begin) % self.every == 0) | (count == self.end))
 
-    def masks(self, scores: Sequence[Array], old: Sequence[Array], count: Array) -> list[Array]:
-        """The masks that the scores `[...]` of each leaf give at an update where masks change."""
+    def masks(
+        self, scores: Sequence[Array], old: Sequence[Array], count: Array, growth: tuple[Sequence[Array], Array] | None = None
+    ) -> list[Array]:
+        """The masks that the scores `[...]` of each leaf give at an update where masks change.
+
+        `growth` is the scores of each leaf for coming back, and the fraction of live units to exchange.
+        """
         # A cut weight ranks below every live one: otherwise a live weight that happens to be zero could change places with it.
         if self.pattern.fixed is not None:
             return [self.pattern.fixed(jnp.where(mask, score, -jnp.inf)) for score, mask in zip(scores, old, strict=True)]
         alive = [self.pattern.units(mask.astype(score.dtype)) > 0 for score, mask in zip(scores, old, strict=True)]
         units = [jnp.where(live, self.pattern.units(score), -jnp.inf) for score, live in zip(scores, alive, strict=True)]
-        below = self.distribution.below
+        below, joint = self.distribution.below, self.distribution.joint
         if below is None:
-            kept = keep_largest(units, self.keep([score.shape for score in scores], count), joint=self.distribution.joint)
+            keep = self.keep([score.shape for score in scores], count)
+            kept = keep_largest(units, keep, joint=joint) if growth is None else self._exchanged(units, alive, keep, *growth)
         else:
             tau = below(count) if callable(below) else below
             kept = [unit >= tau for unit in units]
         return [self.pattern.expand(unit, score.shape) for unit, score in zip(kept, scores, strict=True)]
+
+    def _exchanged(
+        self, units: Sequence[Array], alive: Sequence[Array], keep: Array, growth: Sequence[Array], fraction: Array
+    ) -> list[Array]:
+        """Keeps the best of the live units, and fills up with those of the others that rank highest for coming back."""
+        joint = self.distribution.joint
+        live = jnp.stack([jnp.sum(units_alive, dtype=jnp.uint32) for units_alive in alive])
+        live = jnp.sum(live, dtype=jnp.uint32)[None] if joint else live
+        staying = jnp.minimum(keep - jnp.round(fraction * keep).astype(jnp.uint32), live)
+        kept = keep_largest(units, staying, joint=joint)
+        others = [jnp.where(mask, -jnp.inf, self.pattern.units(score)) for mask, score in zip(kept, growth, strict=True)]
+        back = keep_largest(others, keep - staying, joint=joint)
+        return [mask | new for mask, new in zip(kept, back, strict=True)]
 
     def keep(self, shapes: Sequence[tuple[int, ...]], count: Array) -> Array:
         """How many units stay at an update: `[1]` over all leaves where they compete, else `[leaves]`."""

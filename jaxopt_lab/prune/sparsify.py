@@ -12,6 +12,7 @@ from jaxopt_lab.core.types import Array, PyTree, Schedule, Where
 from jaxopt_lab.prune.chosen import Chosen
 from jaxopt_lab.prune.criteria import Criterion, magnitude
 from jaxopt_lab.prune.distributions import Distribution, global_
+from jaxopt_lab.prune.growth import Growth
 from jaxopt_lab.prune.inner import own_moments, with_moments
 from jaxopt_lab.prune.patterns import Pattern, unstructured
 from jaxopt_lab.prune.plan import Plan
@@ -30,6 +31,7 @@ def sparsify(
     criterion: Criterion | None = None,
     distribution: Distribution | None = None,
     pattern: Pattern | None = None,
+    growth: Growth | None = None,
     where: Where = "**/kernel",
     packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -45,8 +47,8 @@ def sparsify(
 
     The number of units cut is :math:`\mathrm{round}(s n)`, half to even, computed on the host in float64 (a sparsity that is
     traced, under `vmap` over configurations say, is rounded in float32). Among equal scores the lowest flat index stays. A weight
-    that was cut scores below every live one, so it comes back only if the schedule falls. Under `vmap` and `grad` the mask update
-    stays inside a `cond`; sharded weights are never gathered.
+    that was cut scores below every live one, so without `growth` it comes back only if the schedule falls. Under `vmap` and
+    `grad` the mask update stays inside a `cond`; sharded weights are never gathered.
 
     Args:
       inner: any Optax optimiser; extra arguments of `update` (`value=`, ...) are passed on.
@@ -56,6 +58,8 @@ def sparsify(
       criterion: how weights are ranked; `magnitude()` unless given.
       distribution: how the leaves share the cut; `global_()` unless given.
       pattern: which weights are cut together; `unstructured()` unless given.
+      growth: at each mask update, exchanges a part of the live weights for cut ones, which start again at zero (dynamic sparse
+        training); none unless given. To start from a random mask, cut with `one_shot(random(key), ...)` first.
       where: which leaves are pruned; floating arrays of one axis or more.
       packed: keep masks at one bit a weight instead of one byte.
 
@@ -78,6 +82,8 @@ def sparsify(
     pattern = pattern or unstructured()
     plan = Plan.of(sparsity, begin, end, every, distribution or global_(), pattern)
     criterion = criterion or magnitude()
+    if growth is not None:
+        plan.check_growth(growth)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> SparsifyState:
@@ -96,7 +102,8 @@ def sparsify(
         def refresh(operands: tuple[list[Any], dict[str, Array]]) -> tuple[list[Any], dict[str, Array]]:
             stored, arrays = operands
             old = [unpack(mask) for mask in stored]
-            new = plan.masks(chosen.scores(criterion, gradients), old, state.count)
+            back = None if growth is None else chosen.growth(growth, gradients, state.count)
+            new = plan.masks(chosen.scores(criterion, gradients), old, state.count, back)
             new = [jnp.where(due, after, before) for after, before in zip(new, old, strict=True)]
             kept = dict(zip(chosen.paths, new, strict=True))
             fresh = own_moments(inner.init(chosen.into(params, _masked(chosen.weights, new))), chosen.shapes)

@@ -25,7 +25,7 @@ CUBIC = schedules.cubic(0.0, 0.9, 2, 9)
 
 def gradient(params, step):
     """Dense gradients that differ at every step, weights at zero included."""
-    return jax.tree.map(lambda w: jnp.cos(3 * w + step), params)
+    return jax.tree.map(lambda w: jnp.cos(3 * w + step + 2.4 * jnp.arange(w.size).reshape(w.shape)), params)
 
 
 def zeros(params):
@@ -254,6 +254,37 @@ def test_a_falling_schedule_lets_weights_come_back():
     assert counts[-1] == 20
 
 
+@pytest.mark.parametrize("distribution", [prune.global_(), prune.uniform()], ids=["global", "uniform"])
+@pytest.mark.parametrize(
+    "growth", [prune.gradient_growth(0.4), prune.random_growth(KEY, lambda count: 0.4)], ids=["gradient", "random"]
+)
+def test_growth_exchanges_a_fraction_at_a_constant_count(growth, distribution):
+    tx = prune.sparsify(optax.adam(0.05), 0.6, begin=0, end=9, every=3, growth=growth, distribution=distribution)
+    before = None
+    for t, (_, state) in enumerate(run(tx, PARAMS, 12)):
+        live = np.concatenate([np.asarray(prune.masks(state)[name]["kernel"]).ravel() for name in "ab"])
+        assert live.sum() == 20
+        if before is not None:
+            came, went = (live & ~before).sum(), (~live & before).sum()
+            assert came == went
+            # A weight that was just dropped may be the first to come back, so eight is the most.
+            assert (0 < came <= 8) if t in {3, 6, 9} else came == 0
+        before = live
+        if t % 3 == 0:
+            adam, cut = state.inner_state[0], ~prune.masks(state)["a"]["kernel"]
+            assert (np.asarray(adam.mu["a"]["kernel"])[np.asarray(cut)] == 0).all()
+
+
+def test_gradient_growth_by_hand():
+    # Of four live weights two stay, the largest; the two with the largest gradients among the others come back.
+    weights = jnp.array([0.0, 0.0, 0.0, 4.0, 3.0, 2.0, 1.0, 0.0])
+    gradients = jnp.array([9.0, 1.0, 8.0, 0.0, 0.0, 0.0, 0.0, 7.0])
+    tx = prune.sparsify(optax.sgd(0.1), 0.5, where="**", growth=prune.gradient_growth(0.5))
+    updates, state = tx.update(gradients, tx.init(weights), weights)
+    np.testing.assert_array_equal(prune.masks(state), [True, False, True, True, True, False, False, False])
+    np.testing.assert_allclose(weights + updates, [-0.9, 0, -0.8, 4, 3, 0, 0, 0])
+
+
 def test_oracles_of_torch_prune():
     # Masks of torch.nn.utils.prune.l1_unstructured(amount=0.5) and global_unstructured(amount=0.4) on these weights (torch 2.13).
     first, second = jnp.array([[0.5, -1.5, 0.2], [-0.1, 3.0, -0.7]]), jnp.array([[-0.3, 0.9], [2.0, -0.05]])
@@ -358,6 +389,8 @@ def test_saliency_uses_gradients():
         ({"sparsity": 0.5, "every": 0}, "every=0"),
         ({"sparsity": 0.5, "pattern": prune.n_of_m(2, 4)}, "drop sparsity=0.5"),
         ({"sparsity": 0.5, "distribution": prune.threshold(0.1)}, "drop sparsity=0.5"),
+        ({"pattern": prune.n_of_m(2, 4), "growth": prune.gradient_growth()}, "growth needs a sparsity"),
+        ({"sparsity": 0.5, "growth": prune.gradient_growth(1.5)}, "got 1.5"),
         ({"pattern": prune.n_of_m(2, 4), "distribution": prune.threshold(0.1)}, "choose one"),
     ],
 )

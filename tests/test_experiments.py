@@ -1,0 +1,77 @@
+"""The studies run, small, and their `--help` answers without JAX."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxopt_lab import cli
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    # A dataclass looks its own module up.
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXPERIMENTS.glob("*.py")))
+def test_help_needs_no_jax(name):
+    command = [sys.executable, "-X", "importtime", EXPERIMENTS / f"{name}.py", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--seed" in done.stdout
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "tyro" in imported
+    assert not imported & {"jax", "numpy", "flax", "optax"}
+
+
+def test_the_main_job(tmp_path, capsys):
+    study = load("compress")
+    assert cli.main(study.study, study.Config, ["--epochs", "1", "--out", str(tmp_path)]) == 0
+    stages = json.loads((tmp_path / "stages.json").read_text())
+    assert [stage["name"] for stage in stages] == ["teacher", "student", "distilled", "pruned", "pruned, int8"]
+    teacher, student, _, pruned, stored = stages
+    assert student["parameters"] < teacher["parameters"] / 3
+    # 90 % of the kernels' 21,150 weights are zero, whatever one epoch has taught the rest; 236 biases are not pruned.
+    assert pruned["nonzeros"] <= 2115 + 236
+    assert stored["array_bytes"] <= 0.27 * pruned["array_bytes"]
+    assert (tmp_path / "accuracy_against_bytes.png").read_bytes().startswith(b"\x89PNG")
+    said = capsys.readouterr()
+    assert "pruned" in said.out
+    assert "loaded in a fresh process" in said.err
+
+
+def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
+    study = load("compress")
+    monkeypatch.delenv("JAXOPT_LAB_DATA", raising=False)
+    for arguments, message in (
+        (["--dataset", "mnist"], "name a directory"),
+        (["--dataset", "mnist", "--data-dir", str(tmp_path)], "train-images-idx3-ubyte"),
+        (["--dataset", "mnist", "--data-dir", str(tmp_path / "none")], "none"),
+        (["--batch-size", "100000"], "100000"),
+        (["--sparsity", "1.2"], "1.2"),
+        (["--epochs", "0"], "epochs"),
+        (["--evaluate", str(tmp_path / "none")], "none"),
+    ):
+        assert cli.main(study.study, study.Config, ["--out", str(tmp_path / "out"), *arguments]) == 2
+        said = capsys.readouterr().err.strip()
+        assert message in said
+        assert said.startswith("error: ")
+        assert "\n" not in said
+
+
+def test_lenet_over_seeds(tmp_path, capsys):
+    study = load("lenet")
+    arguments = ["--dataset", "digits", "--epochs", "1", "--seeds", "0", "--out", str(tmp_path)]
+    assert cli.main(study.study, study.Config, arguments) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [line["stage"] for line in lines] == ["dense", "dense, int8", "sparse", "sparse, int8"]
+    assert lines[2]["nonzeros"][0] <= round(0.05 * 21_150) + 236
+    assert lines[1]["arrays_to_dense"] <= 0.27
