@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_CORE = ("numerics", "random", "tree")
+_CORE = ("numerics", "tree")
 
 __all__ = [
     "checkpoint",
@@ -44,7 +44,6 @@ __all__ = [
     "numerics",
     "parallel",
     "prune",
-    "random",
     "regularize",
     "report",
     "schedules",
@@ -68,7 +67,7 @@ if TYPE_CHECKING:
         schedules,
         train,
     )
-    from jaxopt_lab.core import numerics, random, tree
+    from jaxopt_lab.core import numerics, tree
 
 
 def __getattr__(name: str):

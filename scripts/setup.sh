@@ -4,8 +4,12 @@
 #   prepare 3.12 .venv-3.12 newest    the newest that pyproject.toml allows
 #
 # On return $python is the environment's interpreter. The stamp is written last and holds all that the environment was built from, so
-# a build that was killed, a moved checkout or other pins are seen, and the environment is built anew. It is compared without the lock
-# first: only a build has to wait for another.
+# a build that was killed, a moved checkout or other pins are seen. What differs is then installed into the environment that there is,
+# under whatever runs in it; one whose interpreter does not work, or that was built elsewhere, is built anew. The stamp is compared
+# without the lock first: only a build has to wait for another.
+#
+# JAXOPT_LAB_EXTRAS names optional dependencies of pyproject.toml to install as well: JAXOPT_LAB_EXTRAS=cuda, or cuda,data. It must be
+# given at each start, as it is part of what the environment is built from.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 
@@ -32,17 +36,18 @@ find_python() {
     fail "no Python $version with venv and ensurepip is on PATH; install it (python$version and its venv package), or set PYTHON to one"
 }
 
-# What the environment is built from, word for word.
+# What the environment is built from, word for word: of pyproject.toml the parts that an installation reads, not the options of tools.
 recipe() {
     local version=$1 kind=$2
     echo "$root $version $kind"
-    cat "$root/pyproject.toml"
+    echo "$extras"
+    awk '/^\[/ { wanted = !/^\[tool\./ || /^\[tool\.setuptools/ } wanted && !/^ *(#|$)/' "$root/pyproject.toml"
     if [[ $kind == pinned ]]; then cat "$root/constraints.txt"; fi
 }
 
 prepare() {
-    local version=$1 environment=$root/$2 kind=$3 base constraints=()
-    local stamp=$environment/stamp
+    local version=$1 environment=$root/$2 kind=$3 base options
+    local stamp=$environment/stamp extras=dev${JAXOPT_LAB_EXTRAS:+,$JAXOPT_LAB_EXTRAS}
     python=$environment/bin/python
     if [[ -x $python ]] && recipe "$version" "$kind" | cmp -s - "$stamp"; then return; fi
 
@@ -50,14 +55,19 @@ prepare() {
     exec 9>"$environment.lock"
     "$base" -c "import fcntl; fcntl.flock(9, fcntl.LOCK_EX)"
     if ! { [[ -x $python ]] && recipe "$version" "$kind" | cmp -s - "$stamp"; }; then
-        echo "building $environment (once; a few minutes)" >&2
-        rm -f "$stamp"
-        rm -rf "$environment"
-        if [[ $kind == pinned ]]; then constraints=(-c "$root/constraints.txt"); fi
-        # Both inherit the lock: one that outlives a kill of this shell keeps the next build waiting.
-        "$base" -m venv "$environment"
-        "$python" -m pip install --quiet --quiet --disable-pip-version-check --no-input ${constraints[@]+"${constraints[@]}"} \
-            -e "${root}[dev]" >&2
+        if [[ $kind == pinned ]]; then options=(-c "$root/constraints.txt"); else options=(--upgrade --upgrade-strategy eager); fi
+        # Both branches inherit the lock: one that outlives a kill of this shell keeps the next build waiting.
+        if [[ -f $stamp && $(head -n 1 "$stamp") == "$root $version $kind" ]] && "$python" -c "import pip" >/dev/null 2>&1; then
+            echo "bringing $environment up to date" >&2
+            # Only its first line stays: until the work is done, no recipe is equal to it.
+            head -n 1 "$stamp" >"$stamp.new"
+            mv "$stamp.new" "$stamp"
+        else
+            echo "building $environment (once; a few minutes)" >&2
+            rm -rf "$environment"
+            "$base" -m venv "$environment"
+        fi
+        "$python" -m pip install --quiet --quiet --disable-pip-version-check --no-input "${options[@]}" -e "${root}[$extras]" >&2
         recipe "$version" "$kind" >"$stamp.new"
         mv "$stamp.new" "$stamp"
     fi

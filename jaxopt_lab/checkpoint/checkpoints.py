@@ -4,7 +4,7 @@ import json
 import operator
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ class Checkpoints:
         Raises:
           FileNotFoundError: there is no such checkpoint; the message lists those there are.
           TypeError: the tree holds a class that is not allowed.
-          ValueError: the arrays do not fit their manifest.
+          ValueError: the manifest or an array is missing or damaged, or the arrays do not fit their manifest.
         """
         structure = self._manifest(step)
         return storage.unpack(structure, self._arrays(step, structure), self._source(step), self._classes)
@@ -151,16 +151,13 @@ class Checkpoints:
         if number not in (steps := self.steps()):
             there = ", ".join(map(str, steps)) or "none"
             raise FileNotFoundError(f"no checkpoint {number} in {self.directory}; there are: {there}")
-        try:
-            return self._manager.restore(number, args=ocp.args.Composite(manifest=ocp.args.JsonRestore()))["manifest"]
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{self._source(step)} has no readable manifest: {_first_line(error)}") from error
+        return storage.read_manifest(self._reader(number), self._source(step))
 
     def _arrays(self, step: int, structure: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return self._manager.restore(_step(step), args=ocp.args.Composite(tree=storage.restore_args(structure)))["tree"]
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{self._source(step)} has unreadable arrays: {_first_line(error)}") from error
+        return storage.read_arrays(self._reader(step), structure, self._source(step))
+
+    def _reader(self, step: int) -> Callable[[ocp.args.Composite], Any]:
+        return lambda args: self._manager.restore(_step(step), args=args)
 
 
 def _check_writable(directory: Path) -> None:
@@ -181,7 +178,3 @@ def _step(step: Any) -> int:
     if number < 0:
         raise ValueError(f"a checkpoint's step is a whole number from 0 up, not {step!r}")
     return number
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

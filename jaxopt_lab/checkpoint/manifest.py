@@ -67,8 +67,11 @@ def describe(tree: PyTree, classes: Sequence[type] = ()) -> tuple[dict[str, Any]
         if x is None:
             return {"none": True}
         if isinstance(x, (bool, int, float, str)):
-            return {"value": _scalar(x, path)}
-        if isinstance(x, (jax.Array, np.ndarray, np.generic)):
+            # numpy's float64 and str_ are kinds of Python's, and are stored as those.
+            return {"value": _scalar(x.item() if isinstance(x, np.generic) else x, path)}
+        if isinstance(x, np.generic):
+            x = np.asarray(x)
+        if isinstance(x, (jax.Array, np.ndarray)):
             return leaf(x, path)
         kind = type(x)
         if kind in (list, tuple):

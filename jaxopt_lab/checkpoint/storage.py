@@ -1,8 +1,9 @@
 """One tree in one directory, as Orbax stores it: its arrays under numbers, its structure in a manifest beside them."""
 
+import functools
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import orbax.checkpoint as ocp
 from jaxopt_lab.checkpoint import manifest
 from jaxopt_lab.core.types import PyTree
 
-__all__ = ["check", "load_tree", "pack", "restore_args", "save_tree", "unpack"]
+__all__ = ["check", "load_tree", "pack", "read_arrays", "read_manifest", "restore_args", "save_tree", "unpack"]
 
 _NOTHING = "nothing"  # Orbax refuses a tree without arrays; this one stands for it.
 
@@ -45,6 +46,39 @@ def restore_args(structure: dict[str, Any]) -> ocp.args.PyTreeRestore:
     return ocp.args.PyTreeRestore(
         item=dict.fromkeys(names, 0), restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
     )
+
+
+def read_manifest(restore: Callable[[ocp.args.Composite], Any], source: str) -> dict[str, Any]:
+    """The manifest of a checkpoint, through Orbax's `restore` of it; a ValueError of one line if there is none that can be read.
+
+    >>> read_manifest(lambda args: {"manifest": [1]}, "step 3")
+    Traceback (most recent call last):
+      ...
+    ValueError: step 3 has no readable manifest: it lists no arrays
+    """
+    try:
+        structure = restore(ocp.args.Composite(manifest=ocp.args.JsonRestore()))["manifest"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{source} has no readable manifest: {_first_line(error)}") from error
+    if not isinstance(structure, dict) or not isinstance(structure.get("arrays"), list):
+        raise ValueError(f"{source} has no readable manifest: it lists no arrays")
+    return structure
+
+
+def read_arrays(restore: Callable[[ocp.args.Composite], Any], structure: dict[str, Any], source: str) -> dict[str, Any]:
+    """The arrays of a manifest as they were read, through Orbax's `restore`; a ValueError of one line if any cannot be.
+
+    >>> def restore(args):
+    ...     raise ValueError("truncated, and then\\nmany lines")
+    >>> read_arrays(restore, {"arrays": []}, "step 3")
+    Traceback (most recent call last):
+      ...
+    ValueError: step 3 has unreadable arrays: truncated, and then
+    """
+    try:
+        return restore(ocp.args.Composite(tree=restore_args(structure)))["tree"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{source} has unreadable arrays: {_first_line(error)}") from error
 
 
 def check(structure: dict[str, Any], stored: dict[str, Any], source: str) -> list[Any]:
@@ -121,7 +155,7 @@ def load_tree(path: str | os.PathLike, *, classes: Sequence[type] = ()) -> PyTre
     Raises:
       FileNotFoundError: there is no such tree.
       TypeError: the tree holds a class that is not allowed.
-      ValueError: the arrays do not fit their manifest.
+      ValueError: the manifest or an array is missing or damaged, or the arrays do not fit their manifest.
 
     >>> load_tree("/nowhere")
     Traceback (most recent call last):
@@ -132,9 +166,14 @@ def load_tree(path: str | os.PathLike, *, classes: Sequence[type] = ()) -> PyTre
     if not (directory / "manifest").is_dir():
         raise FileNotFoundError(f"{directory} holds no tree that save_tree wrote")
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler("tree", "manifest")) as checkpointer:
-        structure = checkpointer.restore(directory, ocp.args.Composite(manifest=ocp.args.JsonRestore())).manifest
-        stored = checkpointer.restore(directory, ocp.args.Composite(tree=restore_args(structure))).tree
+        restore = functools.partial(checkpointer.restore, directory)
+        structure = read_manifest(restore, str(directory))
+        stored = read_arrays(restore, structure, str(directory))
     return unpack(structure, stored, str(directory), classes)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _key(index: int) -> str:

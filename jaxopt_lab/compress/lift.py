@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import quax
 
-from jaxopt_lab.compress import custom_rules, rules  # noqa: F401 (imported for their effect: they tell quax what to do)
+from jaxopt_lab.compress import rules  # noqa: F401 (imported for its effect: it tells quax what to do)
+from jaxopt_lab.compress.custom_rules import quaxified
 from jaxopt_lab.core import tree
 from jaxopt_lab.core.types import PyTree
 
@@ -38,7 +38,7 @@ def lift(apply: Callable[..., Any]) -> Callable[..., Any]:
     def lifted(*args: Any, **kwargs: Any) -> Any:
         if not any(map(tree.is_compressed, jax.tree.leaves((args, kwargs), is_leaf=tree.is_compressed))):
             return apply(*args, **kwargs)
-        return decompress(quax.quaxify(apply)(*args, **kwargs))
+        return decompress(quaxified(apply)(*args, **kwargs))
 
     return lifted
 

@@ -1,5 +1,6 @@
 """Keys whose draws do not depend on how a batch is spread over devices."""
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -16,8 +17,10 @@ def rows_key(key: Array, first: Array, batch: int) -> Array:
     """A key for the rows `first ... first + batch` of a larger batch.
 
     A draw whose leading axis is `batch` gives exactly those rows of the draw that `key` gives for the whole batch; a draw of any
-    other shape is the one that `key` gives. `split` and `fold_in` keep the property, so a model that is handed this key on one of
-    many devices draws the very dropout masks that it would draw on a single one, whatever framework it is written in.
+    other shape is the one that `key` gives. `split` and `fold_in` keep the property, and a split in `batch` keys gives those rows'
+    own, so a model that is handed this key on one of many devices draws the very dropout masks that it would draw on a single
+    one, whatever framework it is written in. The shape alone tells: a draw for something else that happens to have `batch` as its
+    leading axis is taken for rows, and one that lays the rows out otherwise (flattened, time first) is not.
 
     Args:
       key: a typed key, shape `[]`, of the (default) threefry implementation.
@@ -26,6 +29,7 @@ def rows_key(key: Array, first: Array, batch: int) -> Array:
 
     Raises:
       TypeError: the key is not a typed threefry key: other generators do not count their draws by position.
+      ValueError: `jax_threefry_partitionable` is off; then threefry does not either.
 
     >>> key = jax.random.key(7)
     >>> whole = jax.random.uniform(key, (6, 2))
@@ -37,6 +41,8 @@ def rows_key(key: Array, first: Array, batch: int) -> Array:
     """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or str(jax.random.key_impl(key)) != "threefry2x32":
         raise TypeError(f"rows_key needs a typed threefry2x32 key, as jax.random.key(seed) gives; got {key.dtype}")
+    if not jax.config.jax_threefry_partitionable:
+        raise ValueError("rows_key needs jax_threefry_partitionable, JAX's default; switch it on again")
     data = jnp.append(jax.random.key_data(key), jnp.asarray(first).astype(jnp.uint32))
     return jax.random.wrap_key_data(data, impl=_implementation(batch))
 
@@ -56,8 +62,20 @@ def _implementation(batch: int):
     def seed(value: Array) -> Array:
         return jnp.append(jax.random.key_data(jax.random.key(value, impl=threefry)), jnp.uint32(0))
 
+    def words(data: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        # Partitionable threefry: what is drawn at flat index i is a function of the key and of i alone, so a row needs its index.
+        row = math.prod(shape[1:])
+        flat = jax.lax.iota(jnp.uint32, batch * row).reshape(shape)
+        skipped_low, skipped_high = _product(data[2], row)
+        low = flat + skipped_low
+        high = skipped_high + (low < flat).astype(jnp.uint32)
+        return jex_random.threefry2x32_p.bind(*(jnp.broadcast_to(word, shape) for word in (data[0], data[1])), high, low)
+
     def split(data: Array, shape: tuple[int, ...]) -> Array:
-        return tagged(jax.random.split(plain(data), shape), data)
+        # In two is how streams are split; one key for each row is the only reason to split in as many as there are rows.
+        if shape != (batch,) or shape == (2,):
+            return tagged(jax.random.split(plain(data), shape), data)
+        return jnp.stack([*words(data, shape), jnp.zeros(shape, jnp.uint32)], axis=-1)
 
     def fold_in(data: Array, value: Any) -> Array:
         return tagged(jax.random.fold_in(plain(data), value), data)
@@ -65,15 +83,7 @@ def _implementation(batch: int):
     def random_bits(data: Array, bit_width: int, shape: tuple[int, ...]) -> Array:
         if not shape or shape[0] != batch:
             return jax.random.bits(plain(data), shape, f"uint{bit_width}")
-        # Partitionable threefry: the bits at flat index i are a function of the key and of i alone, so a row needs only its index.
-        row = 1
-        for n in shape[1:]:
-            row *= n
-        flat = jax.lax.iota(jnp.uint32, batch * row).reshape(shape)
-        skipped_low, skipped_high = _product(data[2], row)
-        low = flat + skipped_low
-        high = skipped_high + (low < flat).astype(jnp.uint32)
-        upper, lower = jex_random.threefry2x32_p.bind(*(jnp.broadcast_to(word, shape) for word in (data[0], data[1])), high, low)
+        upper, lower = words(data, shape)
         if bit_width == 64:
             return (upper.astype(jnp.uint64) << 32) | lower.astype(jnp.uint64)
         return (upper ^ lower).astype(f"uint{bit_width}")

@@ -7,6 +7,7 @@ weight keeps the name that its dense self had, and NNX's trailing `value` is dro
 import difflib
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -31,6 +32,9 @@ __all__ = [
 ]
 
 
+_VALUE = jax.tree_util.GetAttrKey("value")
+
+
 def is_compressed(leaf: Any) -> bool:
     """Whether `leaf` is a compressed leaf: an array-ish value that knows how to materialise itself.
 
@@ -40,12 +44,6 @@ def is_compressed(leaf: Any) -> bool:
     False
     """
     return callable(getattr(type(leaf), "materialise", None))
-
-
-def _parts(key_path: tuple) -> tuple[str, ...]:
-    if key_path and isinstance(key_path[-1], jax.tree_util.GetAttrKey) and key_path[-1].name == "value":
-        key_path = key_path[:-1]
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in key_path)
 
 
 def flatten(tree: PyTree) -> tuple[list[str], list[Any], Any]:
@@ -58,7 +56,13 @@ def flatten(tree: PyTree) -> tuple[list[str], list[Any], Any]:
     {'a': (1.0, 2.0)}
     """
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_compressed)
-    return ["/".join(_parts(path)) for path, _ in with_paths], [leaf for _, leaf in with_paths], treedef
+    siblings = Counter(path[:-1] for path, _ in with_paths)
+    names = []
+    for path, _ in with_paths:
+        # An NNX variable's only child is its value; a tuple of (query, key, value) has three, and keeps its names.
+        boxed = path and path[-1] == _VALUE and siblings[path[:-1]] == 1
+        names.append("/".join(jax.tree_util.keystr((key,), simple=True) for key in (path[:-1] if boxed else path)))
+    return names, [leaf for _, leaf in with_paths], treedef
 
 
 def paths(tree: PyTree) -> list[str]:
@@ -102,7 +106,8 @@ def select(tree: PyTree, where: Where = "**") -> PyTree:
       A tree of Python bools. It is static: choose once, outside `jit`, or inside it at trace time.
 
     Raises:
-      ValueError: nothing matches (the message lists the nearest paths), or a tree of bool has another structure.
+      ValueError: nothing matches (the message lists the nearest paths), a tree of bool has another structure, or two leaves have
+        the same path.
 
     >>> params = {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
     >>> select(params, "**/kernel")
@@ -129,6 +134,9 @@ def select(tree: PyTree, where: Where = "**") -> PyTree:
                 f"{_some(names)}; got {str(where)[:200]}"
             )
         chosen = [bool(flag) for flag in flags]
+    if len(set(names)) < len(names):
+        twice = next(name for name, times in Counter(names).items() if times > 1)
+        raise ValueError(f"two leaves have the path {twice}; rename a key that holds a '/'")
     if not any(chosen):
         near = difflib.get_close_matches(where, names, n=5, cutoff=0.0) if isinstance(where, str) else names
         raise ValueError(f"nothing matches where={_shown(where)}; the nearest of {len(names)} paths: {_some(near)}")

@@ -3,7 +3,7 @@
 from jaxopt_lab.data.checks import validate
 from jaxopt_lab.data.datasets import Dataset, digits, from_arrays, load, mnist, mnist1d
 from jaxopt_lab.data.idx import read_idx
-from jaxopt_lab.data.streams import Batches, Plan, batches, padded
+from jaxopt_lab.data.streams import Batches, Plan, batches
 
 __all__ = [
     "Batches",
@@ -15,7 +15,6 @@ __all__ = [
     "load",
     "mnist",
     "mnist1d",
-    "padded",
     "read_idx",
     "validate",
 ]

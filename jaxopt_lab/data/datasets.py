@@ -16,7 +16,10 @@ _MNIST_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
-_WHERE_FROM = "put the four standard files of http://yann.lecun.com/exdb/mnist there, as they come (.gz) or unpacked"
+_WHERE_FROM = (
+    f"put {', '.join(name for names in _MNIST_FILES.values() for name in names)} there, as they come (.gz) or unpacked, from "
+    "https://ossci-datasets.s3.amazonaws.com/mnist"
+)
 
 
 class Dataset(NamedTuple):
@@ -116,7 +119,7 @@ def mnist1d(*, seed: int = 42) -> Dataset:
 
 
 def mnist(directory: str | Path) -> Dataset:
-    """MNIST, or any set in its format, from the four idx files in a directory.
+    """MNIST, or another set of ten classes in its format (Fashion-MNIST, say), from the four idx files in a directory.
 
     Args:
       directory: holds `train-images-idx3-ubyte`, `train-labels-idx1-ubyte` and the same with `t10k`, plain or with `.gz`.
@@ -126,12 +129,12 @@ def mnist(directory: str | Path) -> Dataset:
 
     Raises:
       FileNotFoundError: the directory or one of the files is missing; the message says where to get them.
-      ValueError: a file is damaged, or images and labels do not match.
+      ValueError: a file is damaged, a label is above 9, or images and labels do not match.
 
     >>> mnist("/no/such/folder")
     Traceback (most recent call last):
       ...
-    FileNotFoundError: there is no directory /no/such/folder; put the four standard files of ...
+    FileNotFoundError: there is no directory /no/such/folder; put train-images-idx3-ubyte, ...
 
     Source: LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to document recognition", 1998.
     """

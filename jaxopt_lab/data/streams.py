@@ -1,7 +1,7 @@
 """Batches as a pure function of the seed and the step: the state of a stream is one integer."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxopt_lab.data.checks import check_lengths, validate
 
-__all__ = ["Batches", "Plan", "batches", "padded"]
+__all__ = ["Batches", "Plan", "batches"]
 
 
 class Plan(Protocol):
@@ -148,7 +148,8 @@ def batches(arrays: Mapping[str, Any], batch_size: int | Plan | None, *, seed: i
       seed: of the shuffling, in `[0, 2**64)`.
 
     Raises:
-      ValueError: a batch is larger than the data or below 1, the seed is out of range, or as in `validate`.
+      ValueError: a batch, or the largest of a plan that lists its `sizes`, is larger than the data or below 1; the seed is out of
+        range; or as in `validate`.
 
     >>> stream = batches({"x": np.arange(6)}, 4, seed=0)
     >>> sorted(np.concatenate([stream(step)["x"] for step in range(3)]).tolist())
@@ -168,37 +169,7 @@ def batches(arrays: Mapping[str, Any], batch_size: int | Plan | None, *, seed: i
             raise ValueError(
                 f"batch_size={batch_size} is larger than the data, which has {examples} examples; take fewer, or None for all"
             )
+    # A plan may be any function of the step; one that lists its sizes is judged now and not in the middle of a run.
+    elif (largest := max(getattr(batch_size, "sizes", ()), default=0)) > examples:
+        raise ValueError(f"the plan asks for batches of up to {largest}, and the data has {examples} examples; cap the plan there")
     return Batches(checked, batch_size, int(seed))
-
-
-def padded(arrays: Mapping[str, Any], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """All examples once, in order, in batches of one size: the last is filled up with copies of weight 0, so nothing recompiles.
-
-    Args:
-      arrays: numpy or JAX arrays by key, `[N, ...]` each.
-      batch_size: examples in every batch; it may exceed the data.
-
-    Yields:
-      The arrays as `[batch_size, ...]`, and `"weight"`, float32 `[batch_size]`: 1 for an example, 0 for a copy (times the
-      data's own `"weight"`, if it has one).
-
-    Raises:
-      ValueError: the data is empty, its lengths differ, or the batch size is below 1.
-
-    >>> [(batch["x"].tolist(), batch["weight"].tolist()) for batch in padded({"x": np.array([1, 2, 3])}, 2)]
-    [([1, 2], [1.0, 1.0]), ([3, 3], [1.0, 0.0])]
-    """
-    found = {key: np.asarray(value) for key, value in arrays.items()}
-    examples = check_lengths(found)
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}; a batch needs at least 1 example")
-    return _padded(found, examples, batch_size)
-
-
-def _padded(arrays: dict[str, np.ndarray], examples: int, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    for start in range(0, examples, batch_size):
-        positions = np.arange(start, start + batch_size)
-        indices = np.minimum(positions, examples - 1)
-        batch = {key: array[indices] for key, array in arrays.items()}
-        weight = (positions < examples).astype(np.float32)
-        yield {**batch, "weight": weight * batch["weight"].astype(np.float32) if "weight" in batch else weight}

@@ -159,8 +159,7 @@ def soft_targets_top_k(student_logits: ArrayLike, targets: TopK, temperature: Ar
 
 def _log_softmax(logits: Array, temperature: ArrayLike) -> Array:
     require(lambda temperature: temperature > 0, "be positive", temperature=temperature)
-    temperature = jnp.asarray(temperature, logits.dtype)
-    return jax.nn.log_softmax(logits / (temperature[..., None] if temperature.ndim else temperature))
+    return jax.nn.log_softmax(logits / _beside(temperature, logits))
 
 
 def _log_rest(log_p: Array, indices: Array) -> Array:
@@ -174,4 +173,11 @@ def _log_rest(log_p: Array, indices: Array) -> Array:
 
 def _divergence(log_s: Array, log_t: Array, temperature: ArrayLike) -> Array:
     log_t = jax.lax.stop_gradient(log_t)
-    return jnp.square(jnp.asarray(temperature, log_s.dtype)) * expected(jnp.exp(log_t), log_t - log_s)
+    divergence = expected(jnp.exp(log_t), log_t - log_s)
+    return jnp.square(_beside(temperature, divergence)) * divergence
+
+
+def _beside(temperature: ArrayLike, x: Array) -> Array:
+    """One temperature for each example stands for all that follows its axis: `[B]` beside `[B, T, C]` is `[B, 1, 1]`."""
+    temperature = jnp.asarray(temperature, x.dtype)
+    return temperature.reshape(temperature.shape + (1,) * (x.ndim - temperature.ndim))

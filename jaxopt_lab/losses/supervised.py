@@ -54,16 +54,17 @@ def cross_entropy(logits: ArrayLike, labels: ArrayLike, label_smoothing: ArrayLi
 
 
 def accuracy(logits: ArrayLike, labels: ArrayLike) -> Array:
-    r"""Whether the largest logit is the label's: 1.0 or 0.0 per example.
+    r"""Whether the largest logit is the label's and all are finite: 1.0 or 0.0 per example.
 
-    .. math:: a = \mathbf{1}[\arg\max_c z_c = y]
+    .. math:: a = \mathbf{1}[\arg\max_c z_c = y]\ \prod_c \mathbf{1}[|z_c| < \infty]
 
     Args:
       logits: shape `[..., classes]`; ties go to the lowest class.
       labels: integers of shape `[...]`, or distributions of shape `[..., classes]`, whose largest entry is the label.
 
     Returns:
-      float32 of shape `[...]`, so that a weighted mean of it is the accuracy. Logits with a NaN are wrong.
+      float32 of shape `[...]`, so that a weighted mean of it is the accuracy. Logits with a NaN or an infinity are wrong:
+      a model that overflows has learnt nothing to be right about.
 
     Raises:
       ValueError: the shapes do not fit.
@@ -78,7 +79,7 @@ def accuracy(logits: ArrayLike, labels: ArrayLike) -> Array:
         _check_distributions(logits, labels)
         labels = jnp.argmax(labels, axis=-1)
     right = jnp.argmax(logits, axis=-1) == labels.astype(jnp.int32)
-    return (right & ~jnp.isnan(logits).any(axis=-1)).astype(jnp.float32)
+    return (right & jnp.isfinite(logits).all(axis=-1)).astype(jnp.float32)
 
 
 def _check_ids(logits: Array, labels: Array) -> None:

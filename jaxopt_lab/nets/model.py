@@ -1,5 +1,6 @@
 """The pair of pure functions that a model is, and how Flax's two worlds and bare functions become one."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
+from jaxopt_lab.core.tree import flatten, is_compressed
 from jaxopt_lab.core.types import Array, PyTree
 from jaxopt_lab.nets.moments import moments, row_mask
 
@@ -23,6 +25,9 @@ class Model(NamedTuple):
         feeds dropout, batch statistics are those of all devices along `axis_name`, and rows whose `weight` (`[B]`) is 0 do not
         count in them.
       predict: `predict(variables, *inputs) -> outputs`, in evaluation.
+
+    Both take dense arrays: on a tree with compressed leaves they raise a TypeError, and `compress.lift(model.predict)` is the same
+    function of it.
     """
 
     init: Callable[..., PyTree]
@@ -31,10 +36,18 @@ class Model(NamedTuple):
 
 
 def _model(init, apply) -> Model:
-    def predict(variables, *inputs):
-        return apply(variables, *inputs)[0]
+    @functools.wraps(apply)
+    def dense(variables, *inputs, **keywords):
+        # Inside a lift the leaves are tracers that pass for dense arrays.
+        for path, leaf in zip(*flatten(variables)[:2], strict=True):
+            if is_compressed(leaf):
+                raise TypeError(f"{path} is stored as {type(leaf).__name__}; call compress.lift(model.predict), or .apply, on it")
+        return apply(variables, *inputs, **keywords)
 
-    return Model(init, apply, predict)
+    def predict(variables, *inputs):
+        return dense(variables, *inputs)[0]
+
+    return Model(init, dense, predict)
 
 
 def _state(variables: PyTree) -> dict:

@@ -55,6 +55,8 @@ def moments(
 
     if axis_name is not None:
         count = jax.lax.psum(count, axis_name, axis_index_groups=axis_index_groups)
+    # Of nothing at all the mean is 0, not NaN: its gradient would reach every parameter.
+    count = jnp.maximum(count, 1)
     if fast:
         first, second = total(x, jnp.square(x))
         mean = first / count

@@ -25,11 +25,12 @@ def pair(module: Any) -> tuple[Callable, Callable]:
     """
     if not isinstance(module, nnx.Module) and not callable(module):
         raise TypeError(f"from_nnx takes an nnx.Module or a constructor (nnx.Rngs) -> nnx.Module; got {type(module).__name__}")
+    own: Any = None
+    shape: Any
     if isinstance(module, nnx.Module):
         own = nnx.clone(module)
         shape = nnx.clone(module)
     else:
-        own = None
         shape = nnx.eval_shape(lambda: module(nnx.Rngs(0)))
     shape.eval()
     eval_graph, *_ = nnx.split(shape)
@@ -50,7 +51,7 @@ def pair(module: Any) -> tuple[Callable, Callable]:
         # Without a key the streams stay abstract, so that a module that draws nevertheless fails instead of repeating itself.
         drawn = streams if key is None else _restarted(streams, key)
         parts = [nnx.State(variables["params"]), drawn, nnx.State(variables.get("state", {}))]
-        live = nnx.merge(train_graph if train else eval_graph, *parts)
+        live: Any = nnx.merge(train_graph if train else eval_graph, *parts)
         if train and not (axis_name is None and weight is None):
             for _, layer in nnx.iter_modules(live):
                 if isinstance(layer, nnx.BatchNorm):
@@ -84,6 +85,8 @@ def _restarted(streams: nnx.State, key: Array) -> nnx.State:
 
 class _WholeBatch(nnx.BatchNorm):
     """A BatchNorm that normalises by the statistics of the whole batch: all devices, no padding."""
+
+    _weight: Callable[[], Array | None]
 
     def __call__(self, x, use_running_average=None, *, mask=None):
         running = self.use_running_average if use_running_average is None else use_running_average

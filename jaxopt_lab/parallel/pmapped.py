@@ -23,7 +23,7 @@ class Pmapped:
       devices: the devices, in the order in which they get rows.
     """
 
-    def __init__(self, step: Callable, devices: tuple[jax.Device, ...]):
+    def __init__(self, step: Callable, devices: tuple[jax.Device, ...]):  # pyright: ignore[reportInvalidTypeForm]
         self.step, self.axis_name, self.devices = step, step.axis_name, devices
         # No axis for the state, in or out: it is replicated, which `jax.pmap` expresses as an ordinary array with a sharding.
         self._mapped = jax.pmap(step, self.axis_name, in_axes=(None, 0), out_axes=(None, None), devices=devices)
@@ -42,7 +42,7 @@ class Pmapped:
         return self._mapped(state if traced else self.place(state), split_rows(batch, len(self.devices)))
 
 
-def pmap(step: Callable, devices: Sequence[jax.Device] | None = None) -> Pmapped:
+def pmap(step: Callable, devices: Sequence[jax.Device] | None = None) -> Pmapped:  # pyright: ignore[reportInvalidTypeForm]
     """The step on many devices, which equals the step on one.
 
     Each device takes its share of the rows; gradients and batch statistics are synchronised inside the step, and dropout is keyed

@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from jaxopt_lab.core.rows import count_rows, pad_rows
 
 __all__ = ["split_rows"]
 
@@ -23,30 +24,11 @@ def split_rows(batch: Mapping[str, Any], parts: int) -> dict[str, Any]:
     Raises:
       ValueError: an entry has no batch axis or another length than "x"; the message names it.
 
+    >>> import numpy as np
     >>> split = split_rows({"x": np.array([5, 6, 7])}, 2)
     >>> split["x"].tolist(), split["weight"].tolist()
     ([[5, 6], [7, 5]], [[1.0, 1.0], [1.0, 0.0]])
     """
-    if "x" not in batch:
-        raise ValueError(f'a batch must have the entry "x"; this one has {", ".join(map(str, batch))}')
-    rows = jnp.shape(jax.tree.leaves(batch["x"])[0])[:1]
-    for name, value in batch.items():
-        for leaf in jax.tree.leaves(value):
-            if not rows or jnp.shape(leaf)[:1] != rows:
-                raise ValueError(
-                    f'entry "{name}" of the batch must have the leading axis {rows} of "x"; its shape is {jnp.shape(leaf)}'
-                )
-    missing = -rows[0] % parts
-    batch = dict(batch)
-    if missing:
-        weight = batch.get("weight", np.ones(rows, np.float32))
-        batch = {
-            name: jax.tree.map(lambda v: _extended(v, v[:1], missing), value) for name, value in batch.items() if name != "weight"
-        }
-        batch["weight"] = _extended(weight, 0 * weight[:1], missing)
-    return jax.tree.map(lambda v: v.reshape(parts, -1, *jnp.shape(v)[1:]), batch)
-
-
-def _extended(rows: Any, row: Any, count: int) -> Any:
-    xp = np if isinstance(rows, np.ndarray) else jnp
-    return xp.concatenate([rows, xp.repeat(row, count, axis=0)])
+    rows = count_rows(batch)
+    whole = pad_rows(batch, rows + -rows % parts) if rows % parts else dict(batch)
+    return jax.tree.map(lambda v: v.reshape(parts, -1, *jnp.shape(v)[1:]), whole)

@@ -23,12 +23,14 @@ class Chosen(NamedTuple):
       paths: the path of each pruned leaf.
       weights: its weight, or the latent weight of a compressed leaf.
       positions: where it stands among all leaves.
+      every_path: the paths of all leaves.
       treedef: the structure of the whole tree.
     """
 
     paths: list[str]
     weights: list[Array]
     positions: list[int]
+    every_path: list[str]
     treedef: Any
 
     @classmethod
@@ -36,7 +38,8 @@ class Chosen(NamedTuple):
         """Chooses the leaves, and refuses by name one that cannot be pruned."""
         paths, leaves, treedef = tree.flatten(params)
         flags = jax.tree.leaves(tree.select(params, where))
-        positions = [i for i, flag in enumerate(flags) if flag]
+        # An empty leaf has nothing to cut.
+        positions = [i for i, flag in enumerate(flags) if flag and jnp.size(leaves[i])]
         weights = [tree.latent(leaves[i], paths[i]) for i in positions]
         for i, weight in zip(positions, weights, strict=True):
             if not jnp.issubdtype(jnp.result_type(weight), jnp.floating) or jnp.ndim(weight) == 0:
@@ -45,12 +48,12 @@ class Chosen(NamedTuple):
                     "or more are pruned: leave it out of `where`"
                 )
             pattern.check(paths[i], weight.shape)
-        return cls([paths[i] for i in positions], [jnp.asarray(weight) for weight in weights], positions, treedef)
+        return cls([paths[i] for i in positions], [jnp.asarray(weight) for weight in weights], positions, paths, treedef)
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each pruned weight by path."""
-        return {path: weight.shape for path, weight in zip(self.paths, self.weights, strict=True)}
+    def shapes(self) -> dict[str, tuple[int, ...] | None]:
+        """The shape of each pruned weight by path, and None at the paths of all other leaves."""
+        return dict.fromkeys(self.every_path) | {path: w.shape for path, w in zip(self.paths, self.weights, strict=True)}
 
     def gradients(self, updates: PyTree) -> list[Array]:
         """The same leaves of a tree of gradients or updates, each of its weight's shape."""

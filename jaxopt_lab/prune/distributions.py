@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from jax.core import Tracer
+
 from jaxopt_lab.core.types import Schedule
 
 __all__ = ["Distribution", "erdos_renyi_kernel", "global_", "threshold", "uniform"]
@@ -68,11 +70,16 @@ def threshold(tau: float | Schedule) -> Distribution:
     Args:
       tau: in units of the criterion's score (of the weights themselves for `magnitude`), a number or a schedule.
 
+    Raises:
+      ValueError: tau is NaN.
+
     >>> threshold(1e-2).below
     0.01
 
     Source: Han et al., "Learning both weights and connections for efficient neural networks", 2015.
     """
+    if not callable(tau) and not isinstance(tau, Tracer) and math.isnan(tau):
+        raise ValueError("threshold: tau is NaN, and would cut everything; give a number")
     return Distribution(None, tau)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxopt_lab.core import tree
 from jaxopt_lab.core.types import Array, PyTree
-from jaxopt_lab.prune.state import SparsifyState, is_mask
+from jaxopt_lab.prune.state import masked_paths, sparsify_states
 
 __all__ = ["Moments", "moments"]
 
@@ -50,28 +50,28 @@ def moments(opt_state: PyTree, params: PyTree) -> Moments:
     left_alone: list[str] = []
     names, leaves, _ = tree.flatten(params)
     shapes = {name: _latent_shape(leaf) for name, leaf in zip(names, leaves, strict=True)}
-    for node in jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, SparsifyState)):
-        if not isinstance(node, SparsifyState):
-            continue
-        nodes = jax.tree.leaves(node.masks, is_leaf=is_mask)
-        pruned = {name: shapes[name] for name, mask in zip(names, nodes, strict=True) if jax.tree.leaves(mask)}
+    for node in sparsify_states(opt_state):
+        pruned = {name for name in names if name in set(masked_paths(node))}
         for path, leaf in zip(*tree.flatten(node.inner_state)[:2], strict=True):
             owner = _owner(path, shapes)
             if owner in pruned:
-                (cleared if _latent_shape(leaf) == shapes[owner] else left_alone).append(path)
+                (cleared if _is_moment(leaf, shapes[owner]) else left_alone).append(path)
             elif owner is None and jnp.ndim(leaf) > 0:
                 left_alone.append(path)
     return Moments(tuple(cleared), tuple(left_alone))
 
 
 def own_moments(inner_state: PyTree, shapes: Shapes) -> dict[str, tuple[str, Array]]:
-    """The arrays of a state that are moments of the given parameters, weight by weight: state path -> (parameter path, array)."""
+    """The arrays of a state that are moments of the pruned parameters, weight by weight: state path -> (parameter path, array).
+
+    `shapes` has the paths of all parameters, so that none is taken for another whose path it ends with; None marks the unpruned.
+    """
     paths, leaves, _ = tree.flatten(inner_state)
     owned = {path: (_owner(path, shapes), leaf) for path, leaf in zip(paths, leaves, strict=True)}
     return {
         path: (owner, tree.latent(leaf))
         for path, (owner, leaf) in owned.items()
-        if owner is not None and _latent_shape(leaf) == shapes[owner]
+        if owner is not None and shapes[owner] is not None and _is_moment(leaf, shapes[owner])
     }
 
 
@@ -91,6 +91,11 @@ def _owner(path: str, shapes: Shapes) -> str | None:
             return None
         path = path.partition("/")[2]
     return path
+
+
+def _is_moment(leaf: Any, shape: tuple[int, ...] | None) -> bool:
+    """Whether a state array has one number for each weight; masks and counts are none."""
+    return _latent_shape(leaf) == shape and jnp.issubdtype(jnp.result_type(tree.latent(leaf)), jnp.floating)
 
 
 def _latent_shape(leaf: Any) -> tuple[int, ...] | None:

@@ -12,6 +12,7 @@ from jaxopt_lab.prune.criteria import Criterion
 from jaxopt_lab.prune.distributions import Distribution
 from jaxopt_lab.prune.patterns import Pattern
 from jaxopt_lab.prune.sparsify import sparsify
+from jaxopt_lab.prune.state import apply_masks
 from jaxopt_lab.prune.state import masks as masks_of
 
 __all__ = ["one_shot"]
@@ -31,9 +32,11 @@ def one_shot(
 ) -> tuple[PyTree, PyTree]:
     r"""Cuts a tree to a sparsity at once.
 
-    The same selection as `sparsify` makes at an update. A criterion that looks at the gradient gets its mean over `batches`,
+    The same selection as `sparsify` makes at an update. A criterion that looks at the gradient gets its mean,
 
-    .. math:: g = \frac{1}{B} \sum_b \nabla_w \frac{1}{N_b} \sum_i \ell_i(f(w, x_b), b).
+    .. math:: g = \nabla_w \sum_i v_i \ell_i / \sum_i v_i
+
+    over the examples :math:`i` of all batches, each of weight :math:`v_i`.
 
     Args:
       criterion: how weights are ranked.
@@ -41,7 +44,7 @@ def one_shot(
       sparsity: the fraction to cut, from 0 to 1; none where pattern or distribution decide.
       apply: `apply(params, x) -> outputs`; needed, with `loss` and `batches`, by criteria that use the gradient.
       loss: `loss(outputs, batch) -> [N]`, one value per example.
-      batches: batches, each a dict with "x".
+      batches: batches, each a dict with "x" (an array, or a tuple of several inputs) and, where there is padding, "weight".
       distribution, pattern, where: as in `sparsify`.
 
     Returns:
@@ -61,18 +64,23 @@ def one_shot(
         raise ValueError("one_shot: this criterion looks at the gradient; pass apply=, loss= and batches=")
     else:
         gradient = _mean_gradient(apply, loss, params, batches)
-    # A plain step of size zero: its masks and its landing are exactly those of training.
+    # One update of an optimiser that does nothing: its masks are exactly those of training.
     tx = sparsify(optax.set_to_zero(), sparsity, criterion=criterion, distribution=distribution, pattern=pattern, where=where)
-    updates, state = tx.update(gradient, tx.init(params), params)
-    return optax.apply_updates(params, updates), masks_of(state)
+    masks = masks_of(tx.update(gradient, tx.init(params), params)[1])
+    return apply_masks(params, masks), masks
 
 
 def _mean_gradient(apply: Callable[..., Any], loss: Callable[[Any, Any], Array], params: PyTree, batches: Iterable[Any]) -> PyTree:
-    gradient = jax.jit(jax.grad(lambda params, batch: jnp.mean(loss(apply(params, batch["x"]), batch))))
-    total, count = None, 0
-    for batch in batches:
-        new = gradient(params, batch)
-        total, count = new if total is None else jax.tree.map(jnp.add, total, new), count + 1
-    if total is None:
+    def total(params: PyTree, batch: Any) -> tuple[Array, Array]:
+        inputs = batch["x"] if isinstance(batch["x"], tuple) else (batch["x"],)
+        losses = loss(apply(params, *inputs), batch)
+        weight = jnp.asarray(batch.get("weight", jnp.ones(losses.shape)), losses.dtype)
+        return jnp.sum(weight * losses), jnp.sum(weight)
+
+    # Integer leaves are allowed, and have no gradient (JAX's float0).
+    gradient = jax.jit(jax.grad(total, has_aux=True, allow_int=True))
+    sums = [gradient(params, batch) for batch in batches]
+    if not sums:
         raise ValueError("one_shot: `batches` is empty")
-    return jax.tree.map(lambda g: g / count, total)
+    weight = sum(w for _, w in sums)
+    return jax.tree.map(lambda *gs: gs[0] if gs[0].dtype == jax.dtypes.float0 else sum(gs) / weight, *(g for g, _ in sums))

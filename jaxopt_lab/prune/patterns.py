@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxopt_lab.core.numerics import wide
 from jaxopt_lab.core.types import Array
 
 __all__ = ["Pattern", "block", "n_of_m", "unstructured"]
@@ -40,7 +41,8 @@ def unstructured() -> Pattern:
 def block(rows: int, columns: int) -> Pattern:
     """Tiles of the last two axes: a tile scores the mean of its members and is kept or cut whole.
 
-    A tile at the edge of an axis that does not divide evenly is smaller, and is scored by the members it has.
+    A tile at the edge of an axis that does not divide evenly is smaller, and is scored by the members it has. On a sharded weight
+    the tiles should divide each shard: one that straddles two makes the compiler move the weight between devices.
 
     Args:
       rows: the tile's extent along the last axis but one (a kernel's input axis).
@@ -64,6 +66,7 @@ def block(rows: int, columns: int) -> Pattern:
         return tiles.sum(axis=(-3, -1))
 
     def units(scores: Array) -> Array:
+        scores = wide(scores)
         return pooled(scores) / pooled(jnp.ones(scores.shape, scores.dtype))
 
     def expand(mask: Array, shape: tuple[int, ...]) -> Array:

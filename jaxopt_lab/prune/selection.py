@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxopt_lab.core.numerics import any_over_batch
 from jaxopt_lab.core.types import Array, PyTree
 
 __all__ = ["keep_largest", "kth_largest"]
@@ -44,7 +45,7 @@ def kth_largest(scores: PyTree, k: Array | int) -> Array:
 
     Source: Dowell and Jarratt, "A modified regula falsi method for computing the root of an equation", 1971 (the Illinois rule).
     """
-    leaves = jax.tree.leaves(scores)
+    leaves = [leaf for leaf in jax.tree.leaves(scores) if leaf.size]
     total = _total(leaves)
     if isinstance(k, int) and not 1 <= k <= total:
         raise ValueError(f"kth_largest: k must be from 1 to the number of scores, {total}; got {k}")
@@ -103,22 +104,22 @@ def _search(members: Sequence[Array], k: Array) -> _Bracket:
         # Half a member off each end keeps the weights positive, and the candidate inside.
         below = ((b.low_reach - k).astype(jnp.float32) + 0.5) * b.low_weight
         above = ((k - b.high_reach).astype(jnp.float32) - 0.5) * b.high_weight
-        fraction = jnp.where(b.step < _INTERPOLATED, below / (below + above), 0.5)
+        fraction = jnp.where(b.step < _INTERPOLATED, below / (below + above), jnp.float32(0.5))
         width = b.high - b.low
         inside = jnp.clip((fraction * width.astype(jnp.float32)).astype(dtype), one, width - one)
         candidate = b.low + jnp.where(b.step < _INTERPOLATED, inside, width >> one)
         reach = _count([member >= candidate for member in members])
         up = reach >= k
         # The Illinois rule: an end that stays put twice counts half, so that both ends close in.
-        side = jnp.where(up, 1, -1)
-        again = jnp.where(b.moved == side, 0.5, 1.0)
+        side = jnp.where(up, jnp.int32(1), jnp.int32(-1))
+        again = jnp.where(b.moved == side, jnp.float32(0.5), jnp.float32(1))
         return _Bracket(
             low=jnp.where(up, candidate, b.low),
             high=jnp.where(up, b.high, candidate),
             low_reach=jnp.where(up, reach, b.low_reach),
             high_reach=jnp.where(up, b.high_reach, reach),
-            low_weight=jnp.where(up, 1.0, b.low_weight * again),
-            high_weight=jnp.where(up, b.high_weight * again, 1.0),
+            low_weight=jnp.where(up, jnp.float32(1), b.low_weight * again),
+            high_weight=jnp.where(up, b.high_weight * again, jnp.float32(1)),
             moved=side,
             step=b.step + 1,
         )
@@ -144,14 +145,15 @@ def _search(members: Sequence[Array], k: Array) -> _Bracket:
 def _keep(members: Sequence[Array], k: Array) -> list[Array]:
     found = _search(members, k)
 
-    def every_tie() -> Array:
-        return jnp.uint32(_INDEX_LIMIT - 1)
+    everything = jnp.uint32(_INDEX_LIMIT - 1)
+    tied = found.low_reach != k
 
     def first_ties() -> Array:
         ties = [member == found.low for member in members]
-        return _tie_cutoff(ties, _flat_indices(members), k - found.high_reach)
+        return jnp.where(tied, _tie_cutoff(ties, _flat_indices(members), k - found.high_reach), everything)
 
-    bound = jax.lax.cond(found.low_reach == k, every_tie, first_ties)
+    # As a rule every tie of the threshold stays, there being just one: then the second search is skipped, under vmap too.
+    bound = jax.lax.cond(any_over_batch(tied), first_ties, lambda: everything)
     return [
         (member >= found.high) | ((member >= found.low) & (index < bound) & (k > 0))
         for member, index in zip(members, _flat_indices(members), strict=True)

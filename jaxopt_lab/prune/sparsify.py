@@ -11,11 +11,11 @@ from jaxopt_lab.core import numerics
 from jaxopt_lab.core.types import Array, PyTree, Schedule, Where
 from jaxopt_lab.prune.chosen import Chosen
 from jaxopt_lab.prune.criteria import Criterion, magnitude
+from jaxopt_lab.prune.cuts import Cuts
 from jaxopt_lab.prune.distributions import Distribution, global_
 from jaxopt_lab.prune.growth import Growth
 from jaxopt_lab.prune.inner import own_moments, with_moments
 from jaxopt_lab.prune.patterns import Pattern, unstructured
-from jaxopt_lab.prune.plan import Plan
 from jaxopt_lab.prune.state import PackedMask, SparsifyState, pack, unpack
 
 __all__ = ["sparsify"]
@@ -43,12 +43,14 @@ def sparsify(
     are decided from the incoming parameters at the updates numbered `begin`, `begin + every`, ..., and always at `end`, before
     the inner optimiser runs. It sees masked gradients and masked parameters, and what its state holds for a weight that has just
     been cut goes back to what its `init` gives a zero weight (`moments` lists which arrays; factored ones are left alone). Wrap
-    the whole of the optimiser, clipping included: `sparsify(optax.chain(clip, adamw), ...)`.
+    the whole of the optimiser, clipping included: `sparsify(optax.chain(clip, adamw), ...)`. What stands after it in a chain
+    changes its updates once more, and they no longer land.
 
     The number of units cut is :math:`\mathrm{round}(s n)`, half to even, computed on the host in float64 (a sparsity that is
     traced, under `vmap` over configurations say, is rounded in float32). Among equal scores the lowest flat index stays. A weight
     that was cut scores below every live one, so without `growth` it comes back only if the schedule falls. Under `vmap` and
-    `grad` the mask update stays inside a `cond`; sharded weights are never gathered.
+    `grad` the mask update stays inside a `cond`. Sharded weights are never gathered, as
+    long as the tiles of a `block` pattern divide the shards.
 
     Args:
       inner: any Optax optimiser; extra arguments of `update` (`value=`, ...) are passed on.
@@ -79,16 +81,18 @@ def sparsify(
 
     Source: Zhu and Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model compression", 2017.
     """
-    pattern = pattern or unstructured()
-    plan = Plan.of(sparsity, begin, end, every, distribution or global_(), pattern)
-    criterion = criterion or magnitude()
+    criterion = magnitude() if criterion is None else criterion
+    distribution = global_() if distribution is None else distribution
+    pattern = unstructured() if pattern is None else pattern
+    _check_parts(criterion=criterion, distribution=distribution, pattern=pattern, growth=growth)
+    cuts = Cuts.of(sparsity, begin, end, every, distribution, pattern)
     if growth is not None:
-        plan.check_growth(growth)
+        cuts.check_growth(growth)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> SparsifyState:
         chosen = Chosen.of(params, where, pattern)
-        stored = [_store(jnp.ones(weight.shape, bool), packed) for weight in chosen.weights]
+        stored = [_store(jnp.ones_like(weight, dtype=bool), packed) for weight in chosen.weights]
         return SparsifyState(jnp.zeros((), jnp.int32), chosen.among_masks(stored), inner.init(params))
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any) -> tuple[PyTree, SparsifyState]:
@@ -96,14 +100,14 @@ def sparsify(
             raise ValueError("sparsify: update needs the parameters: tx.update(grads, state, params)")
         chosen = Chosen.of(params, where, pattern)
         gradients = chosen.gradients(updates)
-        due = plan.due(state.count)
+        due = cuts.due(state.count)
         owned = own_moments(state.inner_state, chosen.shapes)
 
         def refresh(operands: tuple[list[Any], dict[str, Array]]) -> tuple[list[Any], dict[str, Array]]:
             stored, arrays = operands
             old = [unpack(mask) for mask in stored]
             back = None if growth is None else chosen.growth(growth, gradients, state.count)
-            new = plan.masks(chosen.scores(criterion, gradients), old, state.count, back)
+            new = cuts.masks(chosen.scores(criterion, gradients), old, state.count, back)
             new = [jnp.where(due, after, before) for after, before in zip(new, old, strict=True)]
             kept = dict(zip(chosen.paths, new, strict=True))
             fresh = own_moments(inner.init(chosen.into(params, _masked(chosen.weights, new))), chosen.shapes)
@@ -125,6 +129,14 @@ def sparsify(
         return updates, SparsifyState(jnp.asarray(optax.safe_increment(state.count)), chosen.among_masks(stored), inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_parts(**parts: Any) -> None:
+    kinds = {"criterion": Criterion, "distribution": Distribution, "pattern": Pattern, "growth": Growth | None}
+    for name, part in parts.items():
+        if not isinstance(part, kinds[name]):
+            called = f"; call it: {part.__name__}()" if callable(part) and hasattr(part, "__name__") else ""
+            raise TypeError(f"sparsify: {name} must be a prune.{name.capitalize()}; got {part!r}{called}")
 
 
 def _masked(arrays: Sequence[Array], masks: Sequence[Array]) -> list[Array]:

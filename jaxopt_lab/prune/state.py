@@ -1,5 +1,6 @@
 """Masks as they are stored, found again in an optimiser's state, and what they leave in the parameters."""
 
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -65,16 +66,27 @@ def unpack(mask: Array | PackedMask) -> Array:
     return jnp.unpackbits(mask.bits, axis=mask.axis, count=mask.width, bitorder="little").astype(bool)
 
 
-def is_mask(node: Any) -> bool:
-    """Whether a node of `SparsifyState.masks` stands for one leaf of the parameters."""
-    return isinstance(node, (optax.MaskedNode, PackedMask))
+def sparsify_states(opt_state: PyTree) -> list[SparsifyState]:
+    """Every `sparsify` state inside a state, however deep, and those inside the optimisers that they wrap."""
+
+    def is_state(node: Any) -> bool:
+        return isinstance(node, SparsifyState)
+
+    found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
+    return found + [nested for node in found for nested in sparsify_states(node.inner_state)]
+
+
+def masked_paths(state: SparsifyState) -> list[str]:
+    """The paths of the leaves that a `sparsify` state has masks for."""
+    nodes = jax.tree.map(lambda node: 0, state.masks, is_leaf=lambda node: isinstance(node, PackedMask))
+    return tree.paths(nodes)
 
 
 def masks(opt_state: PyTree) -> PyTree:
     """The masks of an optimiser's state, as one tree of bool arrays with the structure of the parameters.
 
     Every `sparsify` state is found, however deep in `chain`, `partition`, `MultiSteps` or other wrappers, and disjoint ones are
-    merged. A leaf that no mask covers is a scalar True, which broadcasts.
+    merged. A leaf that no mask covers is a scalar True, which broadcasts; so is a whole subtree that `partition` keeps from them.
 
     Args:
       opt_state: the state of any optimiser that holds at least one `sparsify`; packed masks come unpacked.
@@ -87,23 +99,25 @@ def masks(opt_state: PyTree) -> PyTree:
     >>> masks(tx.init({"kernel": jnp.ones(2), "bias": jnp.ones(2)}))
     {'bias': Array(True, dtype=bool), 'kernel': Array([ True,  True], dtype=bool)}
     """
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, SparsifyState))
-    found = [jax.tree.flatten(node.masks, is_leaf=is_mask) for node in nodes if isinstance(node, SparsifyState)]
+    found = [state.masks for state in sparsify_states(opt_state)]
     if not found:
         raise ValueError(
             "prune.masks: the state holds no `sparsify` state; pass the state of an optimiser that prune.sparsify wraps"
         )
-    structure = found[0][1]
-    if any(other != structure for _, other in found):
+    return _merged(found)
+
+
+def _merged(nodes: list[Any]) -> PyTree:
+    """One tree of masks from several; where one has `MaskedNode`, for a leaf or for a whole subtree, the others decide."""
+    nodes = [node for node in nodes if not isinstance(node, optax.MaskedNode)]
+    if not nodes:
+        return jnp.ones((), bool)
+    if any(isinstance(node, PackedMask) or jax.tree_util.all_leaves([node]) for node in nodes):
+        return reduce(jnp.logical_and, map(unpack, nodes))
+    children, structures = zip(*(jax.tree.flatten(node, is_leaf=lambda x, node=node: x is not node) for node in nodes), strict=True)
+    if any(structure != structures[0] for structure in structures):
         raise ValueError("prune.masks: the state holds `sparsify` states for different parameters; pass each of them by itself")
-
-    def merged(*nodes: Any) -> Array:
-        mask = jnp.ones((), bool)
-        for node in nodes:
-            mask = mask if isinstance(node, optax.MaskedNode) else unpack(node) if mask.ndim == 0 else mask & unpack(node)
-        return mask
-
-    return jax.tree.unflatten(structure, [merged(*column) for column in zip(*(leaves for leaves, _ in found), strict=True)])
+    return jax.tree.unflatten(structures[0], [_merged(list(column)) for column in zip(*children, strict=True)])
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
@@ -111,20 +125,20 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
 
     Args:
       params: any tree; a compressed leaf is masked in its latent weight.
-      masks: bool arrays in the same structure, as `masks` or `one_shot` return them; scalars broadcast.
+      masks: bool arrays in the same structure, as `masks` or `one_shot` return them; a scalar stands for a leaf or a subtree.
 
     >>> apply_masks({"kernel": jnp.array([1.0, 2.0])}, {"kernel": jnp.array([True, False])})
     {'kernel': Array([1., 0.], dtype=float32)}
     """
 
-    def masked(leaf: Any, mask: Array) -> Any:
-        # A scalar True stands for "not pruned": the leaf is left alone, and need not have a latent weight.
+    def masked(mask: Array, leaf: Any) -> Any:
+        # A scalar True stands for "not pruned": what it covers is left alone, and need not have a latent weight.
         if jnp.ndim(mask) == 0:
             return leaf
         weight = tree.latent(leaf)
         return tree.replace_latent(leaf, jnp.where(mask, weight, jnp.zeros_like(weight)))
 
-    return jax.tree.map(masked, params, masks, is_leaf=tree.is_compressed)
+    return jax.tree.map(masked, masks, params)
 
 
 class Sparsity(NamedTuple):

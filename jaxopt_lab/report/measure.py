@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_lab.core import tree
-from jaxopt_lab.core.types import Array, PyTree
+from jaxopt_lab.core.types import PyTree
 from jaxopt_lab.train import evaluate
 
 __all__ = ["Stage", "accuracy_interval", "directory_bytes", "latency", "measure"]
@@ -34,7 +34,7 @@ class Stage(NamedTuple):
     parameters: int
     """Numbers stored in `params`; a compressed leaf's codes, scales and codebooks included."""
     nonzeros: int
-    """How many of those are not zero."""
+    """Weights that are not zero; a compressed leaf counts those of the array that it stands for."""
     array_bytes: int
     """Bytes of the arrays of all variables as stored, uncompressed."""
     directory_bytes: int | None
@@ -160,7 +160,7 @@ def measure(
     (0.5, 4, 2, 16)
     """
     examples = len(arrays["y"])
-    found = evaluate(predict, variables, {"x": arrays["x"], "y": arrays["y"]}, metrics={"accuracy": _correct})
+    found = evaluate(predict, variables, {"x": arrays["x"], "y": arrays["y"]})
     correct = round(found["accuracy"] * examples)
     params = variables["params"] if isinstance(variables, Mapping) and "params" in variables else variables
     return Stage(
@@ -169,7 +169,7 @@ def measure(
         interval=accuracy_interval(correct, examples),
         examples=examples,
         parameters=tree.size(params),
-        nonzeros=sum(int(jnp.count_nonzero(leaf)) for leaf in jax.tree.leaves(params)),
+        nonzeros=sum(map(_nonzeros, tree.flatten(params)[1])),
         array_bytes=tree.nbytes(variables),
         directory_bytes=None if directory is None else directory_bytes(directory),
         latency_ms=_latencies(predict, variables, arrays["x"], batch_sizes, repeats),
@@ -178,10 +178,8 @@ def measure(
     )
 
 
-def _correct(logits: Array, batch: dict) -> Array:
-    """1 where the largest logit is the label's and all are finite: `[B, K] -> [B]`."""
-    right = jnp.argmax(logits, axis=-1) == batch["y"]
-    return (right & jnp.isfinite(logits).all(axis=-1)).astype(jnp.float32)
+def _nonzeros(leaf: Any) -> int:
+    return int(jnp.count_nonzero(leaf.materialise() if tree.is_compressed(leaf) else leaf))
 
 
 def _latencies(predict, variables: PyTree, x: Any, batch_sizes: tuple[int, ...], repeats: int) -> dict[int, float]:

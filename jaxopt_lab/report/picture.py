@@ -20,10 +20,12 @@ _INK, _FAINT = "#22272e", "#8b949e"
 def picture(rows: Sequence[Stage], path: str | Path, *, title: str = "Accuracy against size", dpi: int = 160) -> Path:
     """Draws accuracy (with its 95 % interval) against bytes on a logarithmic axis, and writes it as a PNG, whole or not at all.
 
-    The bytes are those of the directory as written where every stage was saved, else those of the arrays as stored.
+    The bytes are those of the arrays as stored: a checkpoint's directory is compressed besides, and would show what a format gains
+    and what the zeros in it gain as one.
 
     Args:
-      rows: at least one stage. Points of all but the same size are set apart by a few dots, so that their intervals can be told.
+      rows: at least one stage. Points of all but the same size are set apart by a few dots, in the order of their sizes, so that
+        their intervals can be told.
       path: the PNG file.
       title: what stands above.
       dpi: dots an inch; the picture is 8 by 5 inches.
@@ -42,8 +44,7 @@ def picture(rows: Sequence[Stage], path: str | Path, *, title: str = "Accuracy a
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    written = all(row.directory_bytes is not None for row in rows)
-    sizes = [max(1, (row.directory_bytes if written else row.array_bytes) or 0) for row in rows]
+    sizes = [max(1, row.array_bytes) for row in rows]
     accuracies = [100 * row.accuracy for row in rows]
 
     figure = Figure(figsize=(8, 5), dpi=dpi, layout="constrained", facecolor="white")
@@ -72,7 +73,7 @@ def picture(rows: Sequence[Stage], path: str | Path, *, title: str = "Accuracy a
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _unit(value)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
-    axes.set_xlabel("directory as written" if written else "arrays as stored", color=_INK)
+    axes.set_xlabel("bytes of arrays as stored", color=_INK)
     axes.set_ylabel(f"accuracy on {rows[0].examples:,} held-out examples", color=_INK)
     axes.set_title(title, loc="left", color=_INK, fontsize=13, fontweight="bold", pad=12)
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
@@ -103,11 +104,24 @@ def _shifts(axes, sizes: Sequence[float]) -> list:
     width = axes.get_figure().get_figwidth() * 72 * 0.85
     low, high = (math.log(end) for end in axes.get_xlim())
     places = [(math.log(size) - low) / (high - low) * width for size in sizes]
-    moved = []
-    for k, place in enumerate(places):
-        near = [j for j, other in enumerate(places) if abs(other - place) < _APART]
-        moved.append((near.index(k) - (len(near) - 1) / 2) * _APART if len(near) > 1 else 0.0)
+    moved = [there - place for there, place in zip(_apart(places), places, strict=True)]
     return [ScaledTranslation(points / 72, 0, axes.get_figure().dpi_scale_trans) for points in moved]
+
+
+def _apart(places: Sequence[float]) -> list[float]:
+    """The places nearest to those given (by least squares) that keep their order and lie `_APART` from one another.
+
+    With k times that length taken off the k-th, only the order is left to keep: isotonic regression, by its max-min formula.
+    """
+    order = sorted(range(len(places)), key=lambda k: places[k])
+    wanted = [places[k] - rank * _APART for rank, k in enumerate(order)]
+    moved = [0.0] * len(places)
+    for rank, k in enumerate(order):
+        best = max(
+            min(sum(wanted[low : high + 1]) / (high + 1 - low) for high in range(rank, len(wanted))) for low in range(rank + 1)
+        )
+        moved[k] = best + rank * _APART
+    return moved
 
 
 def _label(canvas, axes, rows: Sequence[Stage], sizes: Sequence[float], accuracies: Sequence[float], shifts: Sequence) -> None:

@@ -1,13 +1,13 @@
 """The table: every stage in one row, for a terminal, for a document, and for a program."""
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxopt_lab.report.files import write
 from jaxopt_lab.report.measure import Stage
+from jaxopt_lab.train.record import finite
 
 __all__ = ["from_json", "markdown", "table", "to_json"]
 
@@ -41,7 +41,7 @@ def markdown(rows: Sequence[Stage]) -> str:
     titles, body = _cells(rows)
     rule = ["---"] + ["---:"] * (len(titles) - 1)
     lines = [
-        [heading.replace("-\n", "").replace("\n", " ") for heading in titles],
+        [heading.replace("-\n", "-").replace("\n", " ") for heading in titles],
         rule,
         *([cell.replace("|", "\\|") for cell in row] for row in body),
     ]
@@ -55,7 +55,7 @@ def to_json(rows: Sequence[Stage], path: str | Path) -> Path:
     >>> from_json(to_json([_EXAMPLE], Path(tempfile.mkdtemp()) / "stages.json")) == [_EXAMPLE]
     True
     """
-    body = json.dumps([_finite(row._asdict()) for row in rows], indent=2, allow_nan=False)
+    body = json.dumps([finite(row._asdict()) for row in rows], indent=2, allow_nan=False)
     return write(path, body.encode() + b"\n")
 
 
@@ -82,14 +82,14 @@ def _cells(rows: Sequence[Stage]) -> tuple[list[str], list[list[str]]]:
     extras = list(dict.fromkeys(title for row in rows for title in row.extra))
     columns: list[tuple[str, list[str]]] = [
         ("stage", [row.name for row in rows]),
-        ("accu-\nracy", [f"{100 * row.accuracy:.2f} %" for row in rows]),
+        ("acc.", [f"{100 * row.accuracy:.2f} %" for row in rows]),
         ("95 %\ninterval", [f"{100 * row.interval[0]:.2f}-{100 * row.interval[1]:.2f}" for row in rows]),
-        ("param-\neters", [f"{row.parameters:,}" for row in rows]),
+        ("params", [f"{row.parameters:,}" for row in rows]),
         ("non-\nzeros", [f"{row.nonzeros:,}" for row in rows]),
         ("arrays", [_bytes(row.array_bytes) for row in rows]),
-        ("direc-\ntory", [_bytes(row.directory_bytes) for row in rows]),
+        ("dir", [_bytes(row.directory_bytes) for row in rows]),
         *((f"ms\nat {size}", [_number(row.latency_ms.get(size)) for row in rows]) for size in sizes),
-        ("train-\ning s", [_number(row.seconds) for row in rows]),
+        ("train\ns", [_number(row.seconds) for row in rows]),
         *((title, [_number(row.extra.get(title)) for row in rows]) for title in extras),
     ]
     kept = [(title, cells) for title, cells in columns if not rows or any(cell != "-" for cell in cells)]
@@ -111,15 +111,6 @@ def _number(value: float | None) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
-
-
-def _finite(value: Any) -> Any:
-    """`value` with every number that JSON cannot write replaced by None."""
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _EXAMPLE = Stage("dense", 0.975, (0.9662, 0.9816), 1000, 44_426, 44_426, 177_704, None, {1: 0.08})

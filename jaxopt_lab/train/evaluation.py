@@ -8,26 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxopt_lab.core.rows import count_rows, pad_rows
 from jaxopt_lab.core.types import Array, PyTree
+from jaxopt_lab.losses import accuracy, per_example
 from jaxopt_lab.nets import Model
 from jaxopt_lab.train.state import State, compressed, variables
 
-__all__ = ["accuracy", "evaluate"]
+__all__ = ["evaluate"]
 
 Metric = Callable[[Any, dict], Array]
 
-
-def accuracy(outputs: Array, batch: dict) -> Array:
-    r"""Whether the largest logit is the label's: :math:`\mathbf{1}[\arg\max_k z_k = y]`.
-
-    Args:
-      outputs: logits, `[B, K]`.
-      batch: its entry "y" holds labels, `[B]` integers.
-
-    >>> accuracy(jnp.array([[0.0, 1.0], [2.0, 1.0]]), {"y": jnp.array([1, 1])})
-    Array([1., 0.], dtype=float32)
-    """
-    return (jnp.argmax(outputs, axis=-1) == batch["y"]).astype(jnp.float32)
+# One object for good: what is compiled is kept by it.
+_ACCURACY: Mapping[str, Metric] = {"accuracy": per_example(accuracy)}
 
 
 def evaluate(
@@ -44,7 +36,7 @@ def evaluate(
       model: a `Model`, or `predict(variables, *inputs) -> outputs`. Compressed leaves go through `compress.lift`.
       state: a training state, or the variables themselves.
       data: arrays `{"x": [N, ...], "y": [N], ...}`, or an iterable of batches, each with or without "weight" (`[B]`).
-      metrics: `(outputs, batch) -> [B]` by name; accuracy by default.
+      metrics: `(outputs, batch) -> [B]` by name, such as `losses.per_example` makes; `losses.accuracy` by default.
       batch_size: how many rows at once where `data` is arrays. The last batch is padded with rows of weight 0, so that there is one
         compilation; it is kept while `model` and the metrics are the same objects.
 
@@ -59,7 +51,7 @@ def evaluate(
     """
     whole = variables(state) if isinstance(state, State) else state
     predict = model.predict if isinstance(model, Model) else model
-    chosen = tuple((metrics or {"accuracy": accuracy}).items())
+    chosen = tuple((metrics or _ACCURACY).items())
     sums = _summing(predict, chosen, compressed(whole))
     totals = [sums(whole, batch) for batch in _padded(data, batch_size)]
     if not totals:
@@ -95,25 +87,11 @@ def _padded(data: Mapping | Iterable[Mapping], batch_size: int) -> Iterator[dict
     """Batches with weights, all of the first one's size unless a later one is larger."""
     size = 0
     for batch in _sliced(data, batch_size) if isinstance(data, Mapping) else data:
-        rows = _rows(batch)
+        rows = count_rows(batch)
         size = size or rows
-        weighted = {"weight": np.ones(rows, np.float32), **batch}
-        yield _extended(weighted, rows, size) if rows < size else weighted
+        yield pad_rows(batch, max(rows, size))
 
 
 def _sliced(arrays: Mapping, batch_size: int) -> Iterator[dict]:
-    for first in range(0, _rows(arrays), batch_size):
+    for first in range(0, count_rows(arrays), batch_size):
         yield jax.tree.map(lambda v: v[first : first + batch_size], dict(arrays))  # noqa: B023
-
-
-def _extended(batch: dict, rows: int, size: int) -> dict:
-    """`size` rows: the first one is repeated, with a weight of 0."""
-    longer = jax.tree.map(lambda v: np.concatenate([v, np.repeat(v[:1], size - rows, 0)]), batch)
-    longer["weight"][rows:] = 0.0
-    return longer
-
-
-def _rows(batch: Mapping) -> int:
-    if "x" not in batch:
-        raise ValueError(f'data to evaluate on must have the entry "x"; it has {", ".join(map(str, batch))}')
-    return int(np.shape(jax.tree.leaves(batch["x"])[0])[0])

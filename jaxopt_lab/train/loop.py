@@ -84,7 +84,7 @@ def fit(
       A `Result`: `state`, `history`, `chunk`.
 
     Raises:
-      RuntimeError: `batches` failed; the message names the step.
+      ValueError, OSError, RuntimeError: `batches` failed; the message names the step. Any other error of it is a RuntimeError.
       ValueError: a period below 1, or `stop` without what it needs.
 
     >>> from jaxopt_lab import train
@@ -166,6 +166,12 @@ def _compiled(step: Callable) -> tuple[Callable, Callable]:
         return jax.lax.scan(step, state, stacked)
 
     return jax.jit(step, donate_argnums=0), jax.jit(many, donate_argnums=0)
+
+
+def _failed(call: str, error: Exception) -> Exception:
+    """An error of the data, with the call that met it: what a user can mend stays a ValueError or an OSError."""
+    kind = next((kind for kind in (ValueError, OSError) if isinstance(error, kind)), RuntimeError)
+    return kind(f"{call} failed: {type(error).__name__}: {error}")
 
 
 class _Loop:
@@ -268,7 +274,7 @@ class _Loop:
         try:
             return self._batches(step)
         except Exception as error:
-            raise RuntimeError(f"batches({step}) failed: {type(error).__name__}: {error}") from error
+            raise _failed(f"batches({step})", error) from error
 
     def _stack(self, count: int) -> tuple[dict, int]:
         stack = getattr(self._batches, "stack", None)
@@ -276,7 +282,7 @@ class _Loop:
             try:
                 stacked = stack(self.at, count)
             except Exception as error:
-                raise RuntimeError(f"batches.stack({self.at}, {count}) failed: {type(error).__name__}: {error}") from error
+                raise _failed(f"batches.stack({self.at}, {count})", error) from error
             return stacked, len(jax.tree.leaves(stacked)[0])
         each = [self._batch(self.at)]
         shapes = jax.tree.map(np.shape, each[0])

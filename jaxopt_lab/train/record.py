@@ -4,10 +4,11 @@ import json
 import math
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["EarlyStopping", "Metrics", "Progress"]
+__all__ = ["EarlyStopping", "Metrics", "Progress", "finite"]
 
 
 class EarlyStopping(NamedTuple):
@@ -66,8 +67,7 @@ class Metrics:
     def write(self, record: dict[str, Any]) -> None:
         """Appends one record and flushes it."""
         if self._file is not None:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+            self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
             self._file.flush()
 
     def __enter__(self) -> "Metrics":
@@ -76,6 +76,19 @@ class Metrics:
     def __exit__(self, *_) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def finite(value: Any) -> Any:
+    """`value` with every number that JSON cannot write replaced by None, however deep in dicts, lists and tuples.
+
+    >>> finite({"loss": [1.0, float("nan")], "norms": (float("inf"), 2)})
+    {'loss': [1.0, None], 'norms': [None, 2]}
+    """
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step(line: str) -> float:

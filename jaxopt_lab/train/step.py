@@ -1,5 +1,6 @@
 """The training step: a pure function of a state and a batch, the same on one device and on many."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,8 @@ class Step:
             if jnp.shape(losses) != (rows,):
                 raise ValueError(f"loss must return one value per example, shape ({rows},); it returned {jnp.shape(losses)}")
             losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
-            return jnp.sum(losses if weight is None else weight * losses), model_state
+            # A weight of 0 also silences the loss of a padded row that is not finite.
+            return jnp.sum(losses if weight is None else jnp.where(weight != 0, weight * losses, 0)), model_state
 
         # The gradient of this device's own sum; summing over devices and dividing come after, outside the differentiated function:
         # the gradient of a psum would be each device's own gradient again, or that times the number of devices. Likewise
@@ -67,6 +69,10 @@ class Step:
         count = jnp.float32(rows) if weight is None else jnp.sum(weight)
         loss, count, grads = self._over_devices(jax.lax.psum, (loss, count, grads))
         model_state = self._over_devices(jax.lax.pmean, model_state)
+        if weight is not None:
+            # Of nothing but padding the mean and its gradient are 0, and the model's state stays.
+            model_state = _floats(lambda new, old: jnp.where(count > 0, new, old), model_state, state.model_state)
+            count = jnp.where(count > 0, count, 1)
         loss = loss / count
         grads = _floats(lambda g: (g / count).astype(g.dtype), grads)
         metrics, value = {"loss": loss}, loss
@@ -74,7 +80,7 @@ class Step:
             penalty, pull = jax.value_and_grad(self.penalty, allow_int=stored)(state.params)
             grads = _floats(jnp.add, grads, pull)
             metrics["penalty"], value = penalty, loss + penalty
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=value)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, **_taken(self.tx.update, value=value))
         _check_shapes(state.params, updates)
         params = optax.apply_updates(state.params, updates)
         metrics = {name: metric.astype(jnp.float32) for name, metric in metrics.items()}
@@ -115,9 +121,9 @@ def make_step(
     .. math:: g = \nabla_\theta \frac{\sum_d \sum_i w_i \, \ell_i(\theta)}{\sum_d \sum_i w_i} + \nabla_\theta R(\theta)
 
     over the examples :math:`i` of all devices :math:`d`, synchronised before the optimiser sees it. Batch statistics are those of
-    the whole batch, and dropout is keyed by an example's index in it (`fold_in(state.key, state.step)`), so that one step on many
-    devices is the step on one. On compressed leaves the model runs through `compress.lift` and the optimiser through
-    `compress.optimizer`.
+    the whole batch, and dropout is keyed by an example's index in it (`fold_in(state.key, state.step)`; `core.random.rows_key`
+    says which draws count as one a row), so that one step on many devices is the step on one. On compressed leaves the model
+    runs through `compress.lift` and the optimiser through `compress.optimizer`.
 
     Args:
       model: as of `nets.from_linen` and its like.
@@ -130,7 +136,8 @@ def make_step(
 
     Returns:
       A step. A batch is a dict with "x" (`[B, ...]`, or a tuple of several inputs), whatever the loss reads, and, where there is
-      padding, "weight" (`[B]`, 0 for padding). The metrics are "loss" (without the penalty) and "penalty" if there is one, float32.
+      padding, "weight" (`[B]`, 0 for padding; of nothing else, the loss and its gradient are 0). The metrics are "loss" (without
+      the penalty) and "penalty" if there is one, float32.
 
     Raises:
       ValueError: when traced: a batch without "x", a weight that is not `[B]`, a loss that is not `[B]`, an update of another shape
@@ -173,6 +180,13 @@ def _floats(function: Callable, tree: PyTree, *rest: PyTree) -> PyTree:
         return function(leaf, *others) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
 
     return jax.tree.map(one, tree, *rest)
+
+
+def _taken(update: Callable, **extra: Any) -> dict[str, Any]:
+    """Those of the extra arguments that an optimiser's update takes; some that take any pass them on to one that does not."""
+    parameters = inspect.signature(update).parameters.values()
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return {name: value for name, value in extra.items() if anything or name in {p.name for p in parameters}}
 
 
 def _check_shapes(params: PyTree, updates: PyTree) -> None:

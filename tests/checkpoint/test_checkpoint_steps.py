@@ -110,6 +110,33 @@ def test_what_is_broken_is_named(tmp_path):
         checkpoints.verify(3)
 
 
+def test_a_damaged_tree_is_named_in_one_line(tmp_path):
+    def saved(name):
+        save_tree(tmp_path / name, {"a": {"kernel": jnp.arange(2000.0)}, "n": 1})
+        return tmp_path / name
+
+    next((saved("torn") / "manifest").iterdir()).write_text("{")
+    next((saved("foreign") / "manifest").iterdir()).write_text("[1]")
+    next((saved("empty") / "manifest").iterdir()).unlink()
+    shutil.rmtree(saved("bare") / "tree")
+    for file in (saved("gone") / "tree").rglob("d/*"):
+        file.unlink()
+    for file in (saved("short") / "tree").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:-100])
+    for name, message in (
+        ("torn", "has no readable manifest"),
+        ("foreign", "has no readable manifest: it lists no arrays"),
+        ("empty", "has no readable manifest"),
+        ("bare", "has unreadable arrays"),
+        ("gone", "has unreadable arrays"),
+        ("short", "has unreadable arrays"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} {message}") as caught:
+            load_tree(tmp_path / name)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 500
+
+
 def test_a_directory_that_cannot_be_used_is_refused_at_once(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot keep checkpoints in .*file/run: Not a directory"):

@@ -205,3 +205,12 @@ def test_a_saved_tree_is_not_overwritten_unless_told(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
     with pytest.raises(FileNotFoundError, match=r"u holds no tree that save_tree wrote"):
         load_tree(tmp_path / "u")
+
+
+def test_numbers_of_numpy(tmp_path):
+    save_tree(tmp_path / "tree", {"best": np.float64(0.5), "done": np.bool_(True), "step": np.int32(3)})
+    tree = load_tree(tmp_path / "tree")
+    assert tree["best"] == 0.5
+    assert type(tree["best"]) is float
+    assert tree["done"].dtype == bool
+    assert int(tree["step"]) == 3

@@ -1,6 +1,8 @@
 """Int8 codes: literal arrays, a scalar rounding, and what goes through the leaf without becoming dense."""
 
 import functools
+import inspect
+import sys
 
 import flax.linen as nn
 import jax
@@ -287,6 +289,68 @@ def test_lift_through_scan_remat_cond_and_custom_rules():
     np.testing.assert_allclose(grads[0], want_grads[0], rtol=1e-3, atol=1e-4)
     projected = jnp.sum(want_grads[1]["kernel"] * stored["kernel"].codes, axis=0, keepdims=True)
     np.testing.assert_allclose(grads[1]["kernel"].scale, projected, rtol=1e-3, atol=1e-2)
+
+
+def test_lift_of_functions_with_derivatives_of_their_own_that_close_over_weights():
+    def apply(p, x):
+        @jax.custom_jvp
+        def product(h):
+            return triple(h @ p["kernel"])
+
+        @jax.custom_vjp
+        def triple(h):
+            return h * 3 + p["kernel"].sum(0, keepdims=True)
+
+        product.defjvp(lambda primals, tangents: (product(*primals), 5 * tangents[0] @ p["kernel"]))
+        triple.defvjp(lambda h: (triple(h), None), lambda _, g: (g * 7,))
+        return triple(product(triple(x)))
+
+    stored = compress.quantize({"kernel": _normal(4, 4), "bias": jnp.ones(4)}, where="kernel")
+    dense, x = compress.decompress(stored), 0.1 * _normal(3, 4)
+
+    def value_and_grad(fn, params):
+        return jax.jit(jax.value_and_grad(lambda x: jnp.sum(fn(params, x))))(x)
+
+    for got, want in zip(value_and_grad(compress.lift(apply), stored), value_and_grad(apply, dense), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_lift_in_loops_and_branches_keeps_the_leaf_where_it_can(jit: bool):
+    seen = []
+
+    class Watched(compress.Quantized):
+        def dot_general(self, x, **params):
+            seen.append(x.shape)
+            return super().dot_general(x, **params)
+
+    def apply(p, x):
+        w = p["kernel"]
+        x = lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, length=2)[0]
+        x = lax.while_loop(lambda h: (h @ w).sum() > 1e9, lambda h: h @ w, x)
+        x = lax.cond(x.sum() > 0, lambda h, w: h @ w, lambda h, w: h @ w.T, x, w)
+        # Carried along, chosen, and scanned over row by row: dense at those places, and right.
+        x, w = lax.fori_loop(0, 2, lambda _, c: (c[0] @ c[1], c[1] * 0.5), (x, w))
+        w = lax.cond(x.sum() > 0, lambda w: w, lambda w: w * 2, p["kernel"]) + w
+        _, rows = lax.scan(lambda c, row: (c, row * 2), 0, p["kernel"])
+        return jax.jit(lambda x, w: x @ w)(x, w) + rows.sum()
+
+    stored = compress.quantize({"kernel": _normal(4, 4)})
+    watched = {"kernel": Watched(**vars(stored["kernel"]))}
+    x = _normal(3, 4)
+    lifted = jax.jit(compress.lift(apply)) if jit else compress.lift(apply)
+    np.testing.assert_allclose(lifted(watched, x), apply(compress.decompress(stored), x), rtol=1e-4, atol=1e-5)
+    assert len(set(seen)) == 1
+    assert len(seen) >= 5  # in the scan, in condition and body of the loop, in both branches
+
+
+def test_quax_itself_is_left_as_it_is():
+    """Other users of quax in the process see it unchanged: nothing in its modules and classes comes from this package."""
+    modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "quax"]
+    owners = [*modules, *(thing for module in modules for thing in vars(module).values() if inspect.isclass(thing))]
+    things = [thing for owner in owners for thing in vars(owner).values()]
+    assert len(things) > 100
+    assert not [thing for thing in things if str(getattr(thing, "__module__", "")).startswith("jaxopt_lab")]
 
 
 def test_layers_stacked_for_a_scan_keep_a_scale_each():

@@ -55,3 +55,15 @@ def test_other_generators_are_refused():
         rows_key(jax.random.key(0, impl="rbg"), 0, 4)
     with pytest.raises(TypeError, match="threefry"):
         rows_key(jax.random.PRNGKey(0), 0, 4)
+
+
+def test_an_unpartitionable_generator_is_refused():
+    with jax.threefry_partitionable(False), pytest.raises(ValueError, match="jax_threefry_partitionable"):
+        rows_key(KEY, 0, 4)
+
+
+def test_a_key_for_each_row():
+    keys = jax.random.split(rows_key(KEY, 4, 4), 4)
+    whole = jax.vmap(lambda key: jax.random.normal(key, (4, 2)))(jax.random.split(KEY, 12))
+    np.testing.assert_array_equal(jax.vmap(lambda key: jax.random.normal(key, (4, 2)))(keys), whole[4:8])
+    np.testing.assert_array_equal(jax.random.gamma(rows_key(KEY, 4, 4), 1.0, (4,)), jax.random.gamma(KEY, 1.0, (12,))[4:8])

@@ -72,6 +72,11 @@ class Pair(NamedTuple):
     second: jax.Array
 
 
+class Heads(NamedTuple):
+    query: jax.Array
+    value: jax.Array
+
+
 @flax.struct.dataclass
 class Struct:
     weight: jax.Array
@@ -85,6 +90,7 @@ class Struct:
         (Pair(jnp.ones(2), jnp.ones(1)), ["first", "second"]),
         (Struct(jnp.ones(2), "x"), ["weight"]),
         (jnp.ones(2), [""]),
+        (Heads(jnp.ones(2), jnp.ones(1)), ["query", "value"]),
         ({1: jnp.ones(2)}, ["1"]),
     ],
 )
@@ -137,3 +143,8 @@ def test_sizes():
     assert tree.size(shapes) == 10
     assert tree.nbytes(shapes) == 6 + 8
     assert tree.nbytes({"key": jax.random.key(0)}) == 8
+
+
+def test_two_leaves_of_one_path_are_refused():
+    with pytest.raises(ValueError, match="two leaves have the path a/b"):
+        tree.select({"a/b": 1.0, "a": {"b": 2.0}}, "**")

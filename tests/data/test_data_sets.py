@@ -105,9 +105,11 @@ def test_images_of_other_sizes_are_refused(tmp_path, files):
 
 
 def test_what_is_missing_is_named_with_where_to_get_it(tmp_path, files):
-    with pytest.raises(FileNotFoundError, match=r"there is no directory .*nowhere; put the four standard files of http://yann"):
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no directory .*nowhere; put train-images-idx3-ubyte, .* from https://ossci"
+    ):
         data.mnist(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=rf"holds no {NAMES[0]} \(nor {NAMES[0]}\.gz\); put the four"):
+    with pytest.raises(FileNotFoundError, match=rf"holds no {NAMES[0]} \(nor {NAMES[0]}\.gz\); put train-images"):
         data.mnist(tmp_path)
     write(tmp_path, files)
     (tmp_path / NAMES[3]).unlink()

@@ -10,6 +10,19 @@ from jaxopt_lab.schedules import piecewise_batch
 ARRAYS = {"x": np.arange(20, dtype=np.float32).reshape(10, 2), "y": np.arange(10)}
 
 
+class Growing:
+    """A plan of one's own, without a list of sizes."""
+
+    def __call__(self, step):
+        return step + 1
+
+    def offset(self, step):
+        return step * (step + 1) // 2
+
+    def run(self, step):
+        return 1
+
+
 def drawn(stream, steps) -> list[int]:
     return [int(y) for step in steps for y in stream(step)["y"]]
 
@@ -104,33 +117,13 @@ def test_jax_arrays_and_large_seeds():
         (lambda: data.batches(ARRAYS, 2, seed=0)(-1), "step=-1; steps count from 0"),
         (lambda: data.batches(ARRAYS, 2, seed=0).stack(0, 0), "count=0 steps"),
         (
-            lambda: data.batches(ARRAYS, piecewise_batch([2, 11], [3]), seed=0)(3),
-            "a batch of 11 at step 3, and the data has 10 examples",
+            lambda: data.batches(ARRAYS, piecewise_batch([2, 11, 3], [3, 5]), seed=0),
+            "the plan asks for batches of up to 11, and the data has 10 examples",
         ),
-        (lambda: data.padded({"x": np.ones((0, 2))}, 2), "the data has no examples"),
-        (lambda: data.padded(ARRAYS, 0), "batch_size=0"),
+        (lambda: data.batches(ARRAYS, Growing(), seed=0)(10), "a batch of 11 at step 10, and the data has 10 examples"),
     ],
 )
 def test_bad_streams_are_named(make, message):
     with pytest.raises(ValueError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 4, 10, 16])
-def test_padded_counts_every_example_once(batch_size):
-    seen = list(data.padded(ARRAYS, batch_size))
-    assert len(seen) == -(-10 // batch_size)
-    for batch in seen:
-        assert batch["x"].shape == (batch_size, 2)
-        assert batch["weight"].shape == (batch_size,)
-        assert batch["weight"].dtype == np.float32
-        np.testing.assert_array_equal(batch["x"], ARRAYS["x"][batch["y"]])
-    kept = [int(y) for batch in seen for y, weight in zip(batch["y"], batch["weight"], strict=True) if weight]
-    assert kept == list(range(10))
-
-
-def test_padded_keeps_the_weights_of_the_data():
-    first, last = data.padded({"x": np.arange(3), "weight": np.array([0.5, 2.0, 3.0])}, 2)
-    assert first["weight"].tolist() == [0.5, 2.0]
-    assert last["weight"].tolist() == [3.0, 0.0]

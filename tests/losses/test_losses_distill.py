@@ -186,3 +186,10 @@ def test_bad_input_is_named_in_one_line(name):
     with pytest.raises(ValueError, match=r".") as error:
         call()
     assert str(error.value) == message
+
+
+def test_a_temperature_for_each_example_of_a_sequence():
+    student, teacher = (jax.random.normal(jax.random.key(i), (3, 3, 4)) for i in range(2))
+    temperatures = jnp.array([1.0, 2.0, 4.0])
+    expected = jnp.stack([distill.soft_targets(student[i], teacher[i], t) for i, t in enumerate(temperatures)])
+    np.testing.assert_allclose(distill.soft_targets(student, teacher, temperatures), expected, rtol=1e-5)

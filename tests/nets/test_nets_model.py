@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxopt_lab import nets
+from jaxopt_lab import compress, nets
 
 KEY = jax.random.key(3)
 X = jax.random.normal(jax.random.key(1), (6, 5)) * 2 + 1
@@ -185,6 +185,22 @@ def test_nnx_without_a_key_says_so():
     model = MODELS["nnx"]
     with pytest.raises(ValueError, match="random streams"):
         model.apply(model.init(KEY), X, train=True)
+
+
+@each
+def test_compressed_leaves_go_through_lift(model):
+    variables = model.init(KEY, X)
+    stored = {**variables, "params": compress.quantize(variables["params"], where="**/kernel")}
+    outputs = jax.jit(compress.lift(model.predict))(stored, X)
+    np.testing.assert_allclose(outputs, model.predict(compress.decompress(stored), X), rtol=1e-4, atol=1e-4)
+    trained, _ = compress.lift(lambda v, x: model.apply(v, x, train=True, key=KEY))(stored, X)
+    assert trained.shape == outputs.shape
+    for call in (model.predict, model.apply, jax.jit(model.predict)):
+        with pytest.raises(
+            TypeError, match=r"^params/\S*kernel is stored as Quantized; call compress\.lift\(model\.predict\)"
+        ) as caught:
+            call(stored, X)
+        assert "\n" not in str(caught.value)
 
 
 def test_linen_takes_no_other_module():

@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -96,3 +97,38 @@ def test_sharded_leaves_are_never_gathered(spec):
         assert set(found) == {"all-reduce"}
         assert found["all-reduce"] == 1
         np.testing.assert_array_equal(compiled(sharded, jnp.uint32(300)), fn(scores, jnp.uint32(300)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sparsity": 0.7},
+        {"sparsity": 0.7, "distribution": prune.uniform(), "packed": True},
+        {"sparsity": 0.7, "pattern": prune.block(4, 4)},
+        {"pattern": prune.n_of_m(2, 4)},
+        {"sparsity": 0.7, "growth": prune.gradient_growth(0.3)},
+        {"distribution": prune.threshold(0.5)},
+    ],
+    ids=["global", "packed", "block", "2:4", "growth", "threshold"],
+)
+def test_a_whole_update_gathers_nothing(options):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    sharding = NamedSharding(mesh, P("a", "b"))
+    weights = jax.device_put(jax.random.normal(jax.random.key(0), (64, 32)), sharding)
+    tx = prune.sparsify(optax.sgd(0.1), where="**", **options)
+    state = jax.jit(tx.init, out_shardings=None)(weights)
+
+    def step(weights, state):
+        updates, state = tx.update(weights, state, weights)
+        return jax.lax.with_sharding_constraint(optax.apply_updates(weights, updates), sharding), state
+
+    found = collectives(jax.jit(step).lower(weights, state).compile().as_text())
+    assert set(found) <= {"all-reduce"}
+    assert found.get("all-reduce", 1) == 1
+
+
+def test_under_vmap_the_tie_search_stays_conditional():
+    scores = jnp.stack([jnp.arange(6.0), jnp.ones(6)])
+    many = jax.vmap(lambda score: prune.keep_largest([score], jnp.array([2]), joint=True)[0])
+    assert "cond[" in str(jax.make_jaxpr(many)(scores))
+    np.testing.assert_array_equal(many(scores), [[0, 0, 0, 0, 1, 1], [1, 1, 0, 0, 0, 0]])

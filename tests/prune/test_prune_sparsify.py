@@ -217,11 +217,11 @@ def test_half_is_rounded_to_even_and_ties_keep_the_lowest_index():
 
 def test_a_fraction_that_float32_cannot_hold():
     # 0.35 of 10^7 is 3,500,000 and not what 0.35 in float32 gives; the plan is made on the host.
-    from jaxopt_lab.prune.plan import Plan
+    from jaxopt_lab.prune.cuts import Cuts
 
     for sparsity in (0.35, optax.constant_schedule(0.35)):
-        plan = Plan.of(sparsity, 0, 0, 1, prune.global_(), prune.unstructured())
-        assert int(plan.keep([(10_000_000,)], jnp.int32(0))[0]) == 6_500_000
+        cuts = Cuts.of(sparsity, 0, 0, 1, prune.global_(), prune.unstructured())
+        assert int(cuts.keep([(10_000_000,)], jnp.int32(0))[0]) == 6_500_000
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 4, 7, 100])
@@ -342,7 +342,7 @@ def test_sharded_and_pmapped_steps_equal_one_device():
         "bias": jax.device_put(wide["bias"], NamedSharding(mesh, P())),
     }
     *_, (params, state) = run(tx, sharded, 11)
-    np.testing.assert_allclose(params["kernel"], expected["kernel"], atol=1e-6)
+    np.testing.assert_allclose(params["kernel"], expected["kernel"], rtol=1e-5)
     np.testing.assert_array_equal(params["kernel"] == 0, expected["kernel"] == 0)
     assert state.masks["kernel"].sharding.is_equivalent_to(sharded["kernel"].sharding, 2)
 
@@ -357,7 +357,7 @@ def test_sharded_and_pmapped_steps_equal_one_device():
         return jax.lax.fori_loop(0, 11, body, (params, state))[0]
 
     params = many(jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), wide))
-    np.testing.assert_allclose(params["kernel"][1], expected["kernel"], atol=1e-6)
+    np.testing.assert_allclose(params["kernel"][1], expected["kernel"], rtol=1e-5)
     np.testing.assert_array_equal(params["kernel"][1] == 0, expected["kernel"] == 0)
 
 
@@ -371,6 +371,12 @@ def test_saliency_uses_gradients():
     batches = [{"x": jnp.array([8.0, 1.0, 1.0, 1.0]), "y": jnp.ones(1)}] * 2
     _, masks = prune.one_shot(
         prune.saliency(), params, 0.5, apply=lambda p, x: (p["kernel"] * x).sum()[None], loss=loss, batches=batches
+    )
+    np.testing.assert_array_equal(masks["kernel"], [True, False, False, True])
+    # A padded row does not count, an integer leaf has no gradient, and several inputs are a tuple.
+    padded = [{"x": (jnp.array([[8.0, 1, 1, 1], [0, 0, 90, 0]]),), "y": jnp.ones(2), "weight": jnp.array([1.0, 0.0])}]
+    _, masks = prune.one_shot(
+        prune.saliency(), {**params, "ids": jnp.arange(3)}, 0.5, apply=lambda p, x: x @ p["kernel"], loss=loss, batches=padded
     )
     np.testing.assert_array_equal(masks["kernel"], [True, False, False, True])
     with pytest.raises(ValueError, match="apply=, loss= and batches="):
@@ -387,6 +393,12 @@ def test_saliency_uses_gradients():
         ({}, "give a sparsity"),
         ({"sparsity": 0.5, "begin": 5, "end": 4}, "begin=5, end=4"),
         ({"sparsity": 0.5, "every": 0}, "every=0"),
+        ({"sparsity": 0.5, "begin": 0.5}, "begin counts updates and must be an int; got 0.5"),
+        ({"sparsity": 0.5, "end": 1e3}, "end counts updates and must be an int; got 1000.0"),
+        ({"sparsity": "0.5"}, "must be a number or a schedule; got '0.5'"),
+        ({"sparsity": 0.5, "distribution": prune.uniform}, r"must be a prune.Distribution; got .*; call it: uniform\(\)"),
+        ({"sparsity": 0.5, "criterion": prune.magnitude}, r"call it: magnitude\(\)"),
+        ({"distribution": prune.threshold(lambda count: 0.1)}, "needs `end`"),
         ({"sparsity": 0.5, "pattern": prune.n_of_m(2, 4)}, "drop sparsity=0.5"),
         ({"sparsity": 0.5, "distribution": prune.threshold(0.1)}, "drop sparsity=0.5"),
         ({"pattern": prune.n_of_m(2, 4), "growth": prune.gradient_growth()}, "growth needs a sparsity"),
@@ -395,7 +407,7 @@ def test_saliency_uses_gradients():
     ],
 )
 def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         prune.sparsify(optax.sgd(0.1), **options)
 
 
@@ -440,3 +452,55 @@ def test_sparsity_is_measured():
     measured = jax.jit(prune.sparsity)({"a": {"kernel": jnp.array([0.0, 0.0, 1.0, 2.0])}, "b": {"kernel": jnp.array([0.0, 3.0])}})
     assert measured.total == pytest.approx(0.5)
     assert measured.per_leaf["a/kernel"] == 0.5
+
+
+def test_one_inside_another():
+    tx = prune.sparsify(
+        prune.sparsify(optax.adam(0.1), pattern=prune.n_of_m(1, 2), where="a/kernel", begin=1), 0.5, where="b/kernel", begin=1
+    )
+    *_, (params, state) = run(tx, PARAMS, 4)
+    masks = prune.masks(state)
+    assert [int(zero.sum()) for zero in zeros(params)] == [15, 10]
+    for name in "ab":
+        np.testing.assert_array_equal(masks[name]["kernel"], params[name]["kernel"] != 0)
+    # A mask is no moment: the outer one leaves that of the inner alone.
+    assert not any("masks" in path for path in prune.moments(state, PARAMS).cleared)
+
+
+def test_a_path_that_ends_like_another_is_not_mistaken_for_it():
+    params = {"kernel": jnp.array([0.1, 2.0, 0.3, 4.0]), "layer": {"kernel": jnp.arange(5.0, 9.0)}}
+    tx = prune.sparsify(optax.adam(1e-3), 0.5, begin=1, where="kernel")
+    state = tx.init(params)
+    for _ in range(2):
+        _, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+    np.testing.assert_allclose(state.inner_state[0].mu["layer"]["kernel"], 0.19, rtol=1e-6)
+    np.testing.assert_allclose(state.inner_state[0].mu["kernel"], [0, 0.19, 0, 0.19], rtol=1e-6)
+
+
+def test_partition_by_prefix():
+    tx = optax.partition(
+        {"sparse": sparse(optax.adam(0.1), where="a/kernel", sparsity=0.5), "dense": optax.sgd(0.1)},
+        {"a": "sparse", "b": "dense"},
+    )
+    *_, (params, state) = run(tx, PARAMS, 11)
+    masks = prune.masks(state)
+    np.testing.assert_array_equal(masks["a"]["kernel"], params["a"]["kernel"] != 0)
+    assert masks["b"].shape == ()
+    same = prune.apply_masks(params, masks)
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+
+
+def test_an_empty_leaf_is_left_alone():
+    params = {"a": {"kernel": jnp.ones((0, 4))}, "b": PARAMS["b"]}
+    *_, (trained, state) = run(prune.sparsify(optax.adam(0.1), 0.5, packed=True), params, 2)
+    assert int((trained["b"]["kernel"] == 0).sum()) == 10
+    assert prune.masks(state)["a"]["kernel"].shape == ()
+
+
+def test_in_double_precision():
+    with jax.enable_x64(True):
+        params = {"kernel": jnp.linspace(-1.0, 1.0, 9, dtype=jnp.float64), "half": {"kernel": jnp.ones(3, jnp.bfloat16)}}
+        assert prune.kth_largest(params["kernel"], 3) == 0.5
+        *_, (trained, _) = run(sparse(optax.adam(0.1), sparsity=schedules.cubic(0.0, 0.5, 2, 9)), params, 11)
+        assert trained["kernel"].dtype == jnp.float64
+        assert sum(int((leaf == 0).sum()) for leaf in jax.tree.leaves(trained)) == 6

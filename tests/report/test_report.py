@@ -85,6 +85,8 @@ def test_measure_lifts_a_compressed_tree():
     row = report.measure("int8", predict, stored, ARRAYS, batch_sizes=(1,), repeats=1)
     assert row.accuracy == dense.accuracy
     assert row.array_bytes < dense.array_bytes
+    # The codes and the scales of a leaf are how it is stored; its zeros are those of the weight.
+    assert row.nonzeros == dense.nonzeros == 4
 
 
 def test_latency_is_the_median_after_warm_up():
@@ -126,16 +128,15 @@ def test_the_table_shows_every_stage_in_eighty_columns():
 
 def test_markdown_has_a_line_for_every_stage():
     lines = report.markdown([stage("a|b"), stage("c", directory_bytes=None, seconds=None)]).splitlines()
-    assert lines[0] == (
-        "| stage | accuracy | 95 % interval | parameters | nonzeros | arrays | directory | ms at 1 | ms at 64 | training s |"
-    )
+    assert lines[0] == ("| stage | acc. | 95 % interval | params | non-zeros | arrays | dir | ms at 1 | ms at 64 | train s |")
     assert lines[2] == r"| a\|b | 90.00 % | 59.58-98.21 | 10 | 5 | 1 kB | 1 kB | 0.5 | 2 | 3.5 |"
     assert lines[3] == "| c | 90.00 % | 59.58-98.21 | 10 | 5 | 1 kB | - | 0.5 | 2 | - |"
     assert len(lines) == 4
 
 
 def test_a_column_that_nobody_fills_is_left_out():
-    assert "directory" not in report.markdown([stage(directory_bytes=None)])
+    assert "| dir |" in report.markdown([stage()])
+    assert "| dir |" not in report.markdown([stage(directory_bytes=None)])
 
 
 @pytest.mark.parametrize(
@@ -185,11 +186,35 @@ def test_the_picture_is_a_png_of_the_size_asked_for(tmp_path):
     body = report.picture(rows, tmp_path / "a.png", dpi=50).read_bytes()
     assert body[:8] == b"\x89PNG\r\n\x1a\n"
     assert (int.from_bytes(body[16:20]), int.from_bytes(body[20:24])) == (400, 250)
-    # A stage that was not saved has no directory: the arrays of all are drawn then.
-    assert report.picture([rows[0], rows[1]._replace(directory_bytes=None)], tmp_path / "b.png", dpi=50).read_bytes() != body
+    # Whatever stands on disk, it is the arrays that are drawn.
+    assert report.picture([row._replace(directory_bytes=7) for row in rows], tmp_path / "b.png", dpi=50).read_bytes() == body
     with pytest.raises(ValueError, match="at least one stage"):
         report.picture([], tmp_path / "c.png")
     assert sorted(os.listdir(tmp_path)) == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "order"),
+    [
+        ([23_500, 22_900], [1, 0]),
+        ([10_000, 10_000, 10_000], [0, 1, 2]),
+        ([50_000, 20_030, 20_000, 20_000, 20_600, 20_610, 1000], [6, 2, 3, 1, 4, 5, 0]),
+    ],
+)
+def test_points_of_nearly_one_size_stand_apart_in_the_order_of_their_sizes(tmp_path, monkeypatch, sizes, order):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    places = []
+    plain = FigureCanvasAgg.print_png
+
+    def recording(canvas, *args, **kwargs):
+        plain(canvas, *args, **kwargs)
+        places.extend(line.get_transform().transform(line.get_xydata())[0, 0] for line in canvas.figure.axes[0].lines)
+
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", recording)
+    report.picture([stage(f"{k}", size=size) for k, size in enumerate(sizes)], tmp_path / "a.png", dpi=72)
+    assert sorted(range(len(sizes)), key=lambda k: places[k]) == order
+    assert np.diff(sorted(places)).min() > 8
 
 
 def test_names_in_the_picture_do_not_overlap(tmp_path, monkeypatch):

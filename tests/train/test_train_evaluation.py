@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxopt_lab import nets, train
+from jaxopt_lab import losses, nets, train
 
 RNG = np.random.default_rng(1)
 X, Y = RNG.standard_normal((11, 4), dtype=np.float32), RNG.integers(0, 3, 11)
@@ -24,7 +24,7 @@ def cross_entropy(outputs, batch):
     return optax.softmax_cross_entropy_with_integer_labels(outputs, batch["y"])
 
 
-METRICS = {"accuracy": train.accuracy, "loss": cross_entropy}
+METRICS = {"accuracy": losses.per_example(losses.accuracy), "loss": cross_entropy}
 
 
 def by_hand(weight):
@@ -71,8 +71,14 @@ def test_a_row_of_no_weight_may_be_nan():
     assert np.isfinite(train.evaluate(predict, VARIABLES, arrays, metrics={"loss": cross_entropy})["loss"])
 
 
+def test_logits_that_are_not_finite_are_wrong_by_default():
+    arrays = {"x": X, "y": np.zeros(11, np.int32)}
+    for broken in (np.nan, np.inf, -np.inf):
+        assert train.evaluate(lambda w, x: x @ w * 0 + broken, W, arrays) == {"accuracy": 0.0}  # noqa: B023
+
+
 def test_bad_data_is_named():
-    with pytest.raises(ValueError, match='"x"; it has y'):
+    with pytest.raises(ValueError, match='"x"; this one has y'):
         train.evaluate(predict, VARIABLES, {"y": Y})
     with pytest.raises(ValueError, match="no rows"):
         train.evaluate(predict, VARIABLES, {"x": X[:0], "y": Y[:0]})

@@ -173,6 +173,15 @@ def test_metrics_are_lines_of_json_and_a_resumed_run_does_not_count_twice(tmp_pa
     assert [p.name for p in run.iterdir()] == ["metrics.jsonl"]
 
 
+def test_metrics_that_are_lists_may_hold_what_json_cannot(tmp_path):
+    def step(state, batch):
+        return STEP(state, batch)[0], {"norms": jnp.array([[1.0, jnp.nan], [jnp.inf, 2.0]])}
+
+    quiet(step, start(), Stream(), steps=1, run=tmp_path, log_every=1, chunk=1)
+    record = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert record == {"step": 1, "norms": [[1.0, None], [None, 2.0]]}
+
+
 def test_interrupted_equals_unbroken_bit_for_bit():
     whole = quiet(STEP, start(), Stream(), steps=40, chunk=1).state
     part = quiet(STEP, start(), Stream(), steps=17, chunk=1).state
@@ -189,8 +198,20 @@ def test_a_failing_stream_names_the_step(stack):
             return super().__call__(step)
 
     stream = Broken() if stack else Broken().__call__
-    with pytest.raises(RuntimeError, match=r"batches(.stack)?\((5|4, 4)\) failed: OSError: disk gone"):
+    with pytest.raises(OSError, match=r"batches(.stack)?\((5|4, 4)\) failed: OSError: disk gone"):
         quiet(STEP, start(), stream, steps=9, chunk=4)
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind"),
+    [(ValueError, ValueError), (FileNotFoundError, OSError), (KeyError, RuntimeError), (IndexError, RuntimeError)],
+)
+def test_a_failing_stream_keeps_an_error_that_a_user_can_mend(raised, kind):
+    def broken(step):
+        raise raised("no")
+
+    with pytest.raises(kind, match=rf"batches\(0\) failed: {raised.__name__}: "):
+        quiet(STEP, start(), broken, steps=1, chunk=1)
 
 
 @pytest.mark.parametrize(

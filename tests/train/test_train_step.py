@@ -1,5 +1,6 @@
 """The step against numpy, what it hands to the optimiser, and what it refuses."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +47,15 @@ def test_one_step_of_gradient_descent(weight, decay, wrap):
         np.testing.assert_allclose(metrics["penalty"], decay * np.sum(np.square(state.params)), rtol=1e-5)
     assert (int(new.step), new.step.dtype) == (1, jnp.int32)
     assert new.key == state.key
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_a_batch_of_padding_alone_moves_nothing(wrap):
+    tx = optax.sgd(0.1)
+    state = train.init(LINEAR, tx, KEY, X)
+    new, metrics = wrap(train.make_step(LINEAR, squared, tx))(state, {**BATCH, "weight": np.zeros(6, np.float32)})
+    np.testing.assert_array_equal(new.params, state.params)
+    assert (float(metrics["loss"]), int(new.step)) == (0.0, 1)
 
 
 def test_many_seeds_at_once():
@@ -160,3 +170,32 @@ def test_init_refuses_what_it_cannot_start_from():
     given = train.init(LINEAR, tx, KEY, BATCH, variables={"params": jnp.ones(3)})
     np.testing.assert_array_equal(given.params, np.ones(3))
     assert train.variables(given)["params"] is given.params
+
+
+def test_a_padded_row_may_have_no_finite_loss():
+    tx = optax.sgd(0.1)
+    state = train.init(LINEAR, tx, jax.random.key(0), X)
+    step = train.make_step(LINEAR, lambda outputs, batch: jnp.where(batch["weight"] == 0, jnp.nan, squared(outputs, batch)), tx)
+    new, metrics = step(state, {**BATCH, "weight": np.array([1, 1, 1, 1, 1, 0], np.float32)})
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((new.params, metrics)))
+
+
+def test_a_batch_of_padding_leaves_batch_statistics_alone():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            return nn.Dense(1)(nn.BatchNorm(use_running_average=not train)(x))[:, 0]
+
+    model, tx = nets.from_linen(Net()), optax.sgd(0.1)
+    state = train.init(model, tx, jax.random.key(0), X)
+    new, _ = train.make_step(model, squared, tx)(state, {**BATCH, "weight": np.zeros(6, np.float32)})
+    jax.tree.map(np.testing.assert_array_equal, (new.params, new.model_state), (state.params, state.model_state))
+
+
+def test_an_optimiser_that_takes_no_value():
+    tx = optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.05), sync_period=2)
+    step = train.make_step(LINEAR, squared, tx)
+    state = train.init(LINEAR, tx, jax.random.key(0), X)
+    for _ in range(4):
+        state, metrics = step(state, BATCH)
+    assert np.isfinite(metrics["loss"])

@@ -14,13 +14,13 @@ from jaxopt_lab.prune.growth import Growth
 from jaxopt_lab.prune.patterns import Pattern, unit_count
 from jaxopt_lab.prune.selection import keep_largest
 
-__all__ = ["Plan"]
+__all__ = ["Cuts"]
 
 _LONGEST_TABLE = 10_000_000
 _MANY_STEPS = 256
 
 
-class Plan(NamedTuple):
+class Cuts(NamedTuple):
     """What is cut and when, checked as it is built.
 
     Attributes:
@@ -47,12 +47,17 @@ class Plan(NamedTuple):
         every: int,
         distribution: Distribution,
         pattern: Pattern,
-    ) -> "Plan":
+    ) -> "Cuts":
         """Checks the options against each other, and evaluates the sparsity at every mask update."""
+        for name, value in (("begin", begin), ("end", begin if end is None else end), ("every", every)):
+            if not isinstance(value, (int, np.integer)):
+                raise TypeError(f"sparsify: {name} counts updates and must be an int; got {value!r}")
+        if isinstance(sparsity, str):
+            raise TypeError(f"sparsify: sparsity must be a number or a schedule; got {sparsity!r}")
         if every < 1 or begin < 0 or (end is not None and end < begin):
             raise ValueError(f"sparsify: needs 0 <= begin <= end and every >= 1; got begin={begin}, end={end}, every={every}")
-        if callable(sparsity) and end is None:
-            raise ValueError("sparsify: a schedule of sparsity needs `end`, the last update at which masks change")
+        if (callable(sparsity) or callable(distribution.below)) and end is None:
+            raise ValueError("sparsify: a schedule of what is cut needs `end`, the last update at which masks change")
         if pattern.fixed is not None and distribution.below is not None:
             raise ValueError("sparsify: a fixed pattern and an absolute threshold both decide what is cut; choose one")
         decided = pattern.fixed is not None or distribution.below is not None
