@@ -87,7 +87,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
 
 def test_lenet_over_seeds(tmp_path, capsys):
     study = load("lenet")
-    arguments = ["--dataset", "digits", "--epochs", "1", "--seeds", "0", "--out", str(tmp_path)]
+    arguments = ["--dataset", "digits", "--epochs", "1", "--sparse-epochs", "1", "--seeds", "0", "--out", str(tmp_path)]
     assert cli.main(study.study, study.Config, arguments) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [line["stage"] for line in lines] == ["dense", "dense, int8", "sparse", "sparse, int8"]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_lab.compress import rules  # noqa: F401 (imported for its effect: it tells quax what to do)
-from jaxopt_lab.compress.custom_rules import quaxified
+from jaxopt_lab.compress.trace import quaxified
 from jaxopt_lab.core import tree
 from jaxopt_lab.core.types import PyTree
 
@@ -36,7 +36,7 @@ def lift(apply: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(apply, updated=())
     def lifted(*args: Any, **kwargs: Any) -> Any:
-        if not any(map(tree.is_compressed, jax.tree.leaves((args, kwargs), is_leaf=tree.is_compressed))):
+        if not tree.any_compressed((args, kwargs)):
             return apply(*args, **kwargs)
         return decompress(quaxified(apply)(*args, **kwargs))
 

@@ -71,7 +71,7 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
         return tx.init(_shown(params))
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any) -> tuple[PyTree, Any]:
-        if not _has_leaves(updates):
+        if not tree.any_compressed(updates):
             return tx.update(updates, state, params, **extra)
         if params is None:
             raise ValueError("compress.optimizer needs the parameters to update compressed leaves: update(grads, state, params)")
@@ -82,10 +82,6 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
         return whole, state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _has_leaves(params: PyTree) -> bool:
-    return any(map(tree.is_compressed, jax.tree.leaves(params, is_leaf=tree.is_compressed)))
 
 
 def _trains(leaf: Any) -> tuple[str, ...]:

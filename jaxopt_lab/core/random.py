@@ -41,7 +41,7 @@ def rows_key(key: Array, first: Array, batch: int) -> Array:
     """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or str(jax.random.key_impl(key)) != "threefry2x32":
         raise TypeError(f"rows_key needs a typed threefry2x32 key, as jax.random.key(seed) gives; got {key.dtype}")
-    if not jax.config.jax_threefry_partitionable:
+    if not getattr(jax.config, "jax_threefry_partitionable"):  # noqa: B009 (an option, not an attribute, to type checkers)
         raise ValueError("rows_key needs jax_threefry_partitionable, JAX's default; switch it on again")
     data = jnp.append(jax.random.key_data(key), jnp.asarray(first).astype(jnp.uint32))
     return jax.random.wrap_key_data(data, impl=_implementation(batch))

@@ -19,6 +19,7 @@ import numpy as np
 from jaxopt_lab.core.types import Array, PyTree, Where
 
 __all__ = [
+    "any_compressed",
     "flatten",
     "is_compressed",
     "latent",
@@ -44,6 +45,15 @@ def is_compressed(leaf: Any) -> bool:
     False
     """
     return callable(getattr(type(leaf), "materialise", None))
+
+
+def any_compressed(tree: PyTree) -> bool:
+    """Whether a tree holds a compressed leaf.
+
+    >>> any_compressed({"kernel": jnp.ones(3)})
+    False
+    """
+    return any(map(is_compressed, jax.tree.leaves(tree, is_leaf=is_compressed)))
 
 
 def flatten(tree: PyTree) -> tuple[list[str], list[Any], Any]:

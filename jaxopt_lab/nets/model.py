@@ -10,7 +10,7 @@ import flax.linen as nn
 
 from jaxopt_lab.core.tree import flatten, is_compressed
 from jaxopt_lab.core.types import Array, PyTree
-from jaxopt_lab.nets.moments import moments, row_mask
+from jaxopt_lab.nets.batch_statistics import moments, row_mask
 
 __all__ = ["Model", "from_functions", "from_linen", "from_nnx"]
 
@@ -86,7 +86,7 @@ def from_linen(module: nn.Module) -> Model:
         )
     names, _ = _keywords(type(module).__call__)
 
-    def mode(train: bool) -> dict[str, bool]:
+    def mode(train: bool) -> dict[str, Any]:
         values = {"train": train, "deterministic": not train, "use_running_average": not train}
         return {name: value for name, value in values.items() if name in names}
 

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from jaxopt_lab.core.types import Array, PyTree
-from jaxopt_lab.nets.moments import moments, row_mask
+from jaxopt_lab.nets.batch_statistics import moments, row_mask
 
 __all__ = ["pair"]
 

@@ -183,7 +183,7 @@ def _nonzeros(leaf: Any) -> int:
 
 
 def _latencies(predict, variables: PyTree, x: Any, batch_sizes: tuple[int, ...], repeats: int) -> dict[int, float]:
-    if any(map(tree.is_compressed, tree.flatten(variables)[1])):
+    if tree.any_compressed(variables):
         from jaxopt_lab import compress
 
         predict = compress.lift(predict)

@@ -42,14 +42,15 @@ def picture(rows: Sequence[Stage], path: str | Path, *, title: str = "Accuracy a
         raise ValueError("a picture needs at least one stage; there are none")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     sizes = [max(1, row.array_bytes) for row in rows]
     accuracies = [100 * row.accuracy for row in rows]
 
-    figure = Figure(figsize=(8, 5), dpi=dpi, layout="constrained", facecolor="white")
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(8, 5), dpi=dpi, layout=layout, facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     axes = figure.add_subplot()
     axes.set_xscale("log")
     axes.set_xlim(min(sizes) / 1.6, max(sizes) * 1.6)

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_lab.core.rows import count_rows, pad_rows
+from jaxopt_lab.core.tree import any_compressed
 from jaxopt_lab.core.types import Array, PyTree
 from jaxopt_lab.losses import accuracy, per_example
 from jaxopt_lab.nets import Model
-from jaxopt_lab.train.state import State, compressed, variables
+from jaxopt_lab.train.state import State, variables
 
 __all__ = ["evaluate"]
 
@@ -52,7 +53,7 @@ def evaluate(
     whole = variables(state) if isinstance(state, State) else state
     predict = model.predict if isinstance(model, Model) else model
     chosen = tuple((metrics or _ACCURACY).items())
-    sums = _summing(predict, chosen, compressed(whole))
+    sums = _summing(predict, chosen, any_compressed(whole))
     totals = [sums(whole, batch) for batch in _padded(data, batch_size)]
     if not totals:
         raise ValueError("there is nothing to evaluate on: data holds no rows")

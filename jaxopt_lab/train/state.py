@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab.core.tree import is_compressed
+from jaxopt_lab.core.tree import any_compressed
 from jaxopt_lab.core.types import Array, PyTree
 from jaxopt_lab.nets import Model
 
-__all__ = ["State", "compressed", "init", "variables"]
+__all__ = ["State", "init", "variables"]
 
 
 class State(NamedTuple):
@@ -29,15 +29,6 @@ class State(NamedTuple):
     opt_state: PyTree
     step: Array
     key: Array
-
-
-def compressed(params: PyTree) -> bool:
-    """Whether any leaf is a compressed one.
-
-    >>> compressed({"kernel": jnp.ones(3)})
-    False
-    """
-    return any(map(is_compressed, jax.tree.leaves(params, is_leaf=is_compressed)))
 
 
 def init(model: Model, tx: optax.GradientTransformation, key: Array, example: Any, variables: PyTree | None = None) -> State:
@@ -59,7 +50,7 @@ def init(model: Model, tx: optax.GradientTransformation, key: Array, example: An
     >>> int(state.step), jax.tree.map(jnp.shape, state.params)
     (0, {'Dense_0': {'bias': (10,), 'kernel': (4, 10)}})
     """
-    if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+    if not jnp.issubdtype(getattr(key, "dtype", float), jax.dtypes.prng_key):
         raise TypeError(f"key must be a typed key, as jax.random.key(seed) gives; got {getattr(key, 'dtype', type(key).__name__)}")
     if isinstance(example, dict):
         if "x" not in example:
@@ -71,7 +62,7 @@ def init(model: Model, tx: optax.GradientTransformation, key: Array, example: An
     if "params" not in whole:
         raise ValueError(f'variables must have the entry "params"; they have {", ".join(map(str, whole))}')
     params = whole["params"]
-    if compressed(params):
+    if any_compressed(params):
         from jaxopt_lab import compress
 
         tx = compress.optimizer(tx)

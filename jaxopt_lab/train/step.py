@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxopt_lab.core.random import rows_key
-from jaxopt_lab.core.tree import flatten
+from jaxopt_lab.core.tree import any_compressed, flatten
 from jaxopt_lab.core.types import Array, PyTree
 from jaxopt_lab.nets import Model
-from jaxopt_lab.train.state import State, compressed
+from jaxopt_lab.train.state import State
 
 __all__ = ["Step", "make_step"]
 
@@ -41,7 +41,7 @@ class Step:
     def __call__(self, state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
         inputs, weight, rows = _read(batch)
         key = self._key(state, rows)
-        stored = compressed(state.params)
+        stored = any_compressed(state.params)
         apply, tx = self.model.apply, optax.with_extra_args_support(self.tx)
         if stored:
             from jaxopt_lab import compress

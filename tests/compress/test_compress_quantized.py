@@ -256,7 +256,7 @@ def test_lift_of_a_plain_tree_is_the_same_program():
     assert str(jax.make_jaxpr(compress.lift(apply))(params, x)) == str(jax.make_jaxpr(apply)(params, x))
 
 
-def test_lift_through_scan_remat_cond_and_custom_rules():
+def test_lift_through_scan_remat_cond_and_trace():
     @jax.custom_vjp
     def scaled(w):
         return w * 3
