@@ -123,8 +123,8 @@ class Lab:
         result = train.fit(train.make_step(model, loss, tx), state, batches, steps=self.steps, log_every=max(1, self.steps // 4))
         return train.variables(result.state), time.perf_counter() - begin
 
-    def keep(self, name: str, model: "Model", variables: Any, seconds: float | None) -> None:
-        """Saves and measures a stage."""
+    def keep(self, name: str, model: "Model", variables: Any, seconds: float | None) -> Path:
+        """Saves and measures a stage; returns its directory."""
         from jaxopt_lab import checkpoint, report
 
         directory = self.config.out / name.replace(" ", "_").replace(",", "")
@@ -132,6 +132,7 @@ class Lab:
         row = report.measure(name, model.predict, variables, self.data.test, directory=directory, seconds=seconds)
         self.rows.append(row)
         print(f"{name}: accuracy {100 * row.accuracy:.2f} %, {row.array_bytes:,} bytes", file=sys.stderr, flush=True)
+        return directory
 
 
 def study(config: Config) -> None:
@@ -190,8 +191,7 @@ def stages(lab: Lab) -> Path:
     lab.keep("pruned", student, pruned, seconds)
 
     stored = {**pruned, "params": compress.quantize(pruned["params"])}
-    lab.keep("pruned, int8", student, stored, None)
-    return config.out / "pruned_int8"
+    return lab.keep("pruned, int8", student, stored, None)
 
 
 def in_parts(function: Any, x: Any, size: int) -> Any:

@@ -29,7 +29,7 @@ class Config:
     data_dir: Path | None = None
     """Where the four files of MNIST lie; JAXOPT_LAB_DATA if not given."""
     out: Path = Path("runs/lenet")
-    """Where the stages of each seed and lenet.json go."""
+    """Where the stages of each seed, their seed_N.json and summary.json go."""
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 6
     """Passes over the data, dense."""
@@ -49,14 +49,16 @@ def study(config: Config) -> None:
     from jaxopt_lab import data, report
 
     loaded = data.load(config.dataset, cli.data_directory(config.data_dir))
-    runs = {seed: one_seed(config, seed, loaded) for seed in config.seeds}
-    for seed, rows in runs.items():
+    runs = []
+    for seed in config.seeds:
+        rows = one_seed(config, seed, loaded)
+        runs.append(rows)
+        report.to_json(rows, config.out / f"seed_{seed}.json")
         Console().print(report.table(rows, title=f"{config.dataset}, seed {seed}: {rows[0].examples:,} held-out examples"))
-    lines = summary(list(runs.values()))
+    lines = summary(runs)
     for line in lines:
         print(json.dumps(line))
-    for seed, rows in runs.items():
-        report.to_json(rows, config.out / f"seed_{seed}.json")
+    (config.out / "summary.json").write_text(json.dumps(lines, indent=2) + "\n")
 
 
 def one_seed(config: Config, seed: int, loaded: Any) -> list[Any]:
@@ -101,7 +103,7 @@ def one_seed(config: Config, seed: int, loaded: Any) -> list[Any]:
 
 
 def summary(runs: list[list[Any]]) -> list[dict[str, Any]]:
-    """A line a stage: accuracy over seeds in per cent, bytes against the dense float32 ones, share of zeros among the weights."""
+    """A line a stage: accuracy over seeds in per cent, non-zeros of each seed, bytes of arrays and directory against the dense."""
     lines = []
     for stages in zip(*runs, strict=True):
         accuracies = [100 * row.accuracy for row in stages]

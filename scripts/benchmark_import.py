@@ -1,6 +1,6 @@
 """How long `import jaxopt_lab` takes beside what it stands on: one JSON line a case.
 
-    .venv/bin/python scripts/benchmark_import.py --processes 15
+    ./scripts/run scripts/benchmark_import.py --processes 15
 
 Every case is a fresh process; the cases take turns, so that a busy moment strikes all alike. Each reports the median of its own
 times and the median of its ratios to the first case of the same turn (aims: 1.10 for the package, 1.15 with `prune.sparsify`). The

@@ -1,6 +1,6 @@
 """`train.fit` against a bare loop of a jitted step, in steps per second.
 
-    python scripts/benchmark_loop.py
+    ./scripts/run scripts/benchmark_loop.py
 
 Two cases: LeNet on 28x28 images at batch 64 (aim: at least 0.95 of the bare loop) and an MLP of one hidden layer of 32 on 8x8
 images at batch 16 (aim: at least 4 times the bare loop). Both loops take the same batches from the same stream, donate the state,

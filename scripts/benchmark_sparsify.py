@@ -1,9 +1,9 @@
 """What `sparsify` costs: a step of Adam with and without it, between mask updates and at one.
 
-Prints one JSON line a case. Ratios are medians of one run in which the cases take turns; the state is donated. A mask update is
-also given in training steps of a multi-layer perceptron of the same size at batch 64.
+Prints one JSON line a case. Ratios are those of medians in one run, in which the cases take turns; the state is donated. A mask
+update is also given in training steps of a multi-layer perceptron of the same size at batch 64.
 
-    python scripts/benchmark_sparsify.py [--sizes 300000 10000000] [--repeats 9]
+    ./scripts/run scripts/benchmark_sparsify.py [--sizes 300000 10000000] [--repeats 9]
 """
 
 import argparse

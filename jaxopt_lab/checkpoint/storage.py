@@ -139,7 +139,12 @@ def save_tree(path: str | os.PathLike, tree: PyTree, *, overwrite: bool = False,
             checkpointer.save(written, arguments)
         if final.exists():
             os.replace(final, Path(beside) / "old")
-        os.replace(written, final)
+        try:
+            os.replace(written, final)
+        except BaseException:
+            if (Path(beside) / "old").exists():
+                os.replace(Path(beside) / "old", final)
+            raise
 
 
 def load_tree(path: str | os.PathLike, *, classes: Sequence[type] = ()) -> PyTree:

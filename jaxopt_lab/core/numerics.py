@@ -31,7 +31,6 @@ def land(params: PyTree, target: PyTree) -> PyTree:
     >>> x + land(x, y)
     Array([ 0. , -2.9], dtype=float32)
     """
-
     return jax.tree.map(lambda x, y: wide(y) - wide(x), params, target)
 
 
@@ -39,7 +38,8 @@ def landing(project: Callable[[PyTree], PyTree], params: PyTree, updates: PyTree
     r"""Rewrites `updates` so that the parameters land on a constraint: :math:`u' = P(x + u) - x`.
 
     Whatever applies the updates afterwards (`optax.apply_updates`, in anyone's loop) ends on the projection: exactly for zeros,
-    otherwise to one rounding. Proximal steps, projections and masks all go through here.
+    otherwise to one rounding. Proximal steps and projections go through here; `prune.sparsify`, whose live weights keep the
+    optimiser's own update, lands its zeros by `land`.
 
     Args:
       project: a function of the whole tree; called on the parameters as they would be after `updates`.

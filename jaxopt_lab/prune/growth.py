@@ -16,7 +16,8 @@ class Growth(NamedTuple):
     """How cut weights are ranked for coming back, and how many change places.
 
     Attributes:
-      score: `(path, weight [...], gradient [...], count []) -> scores [...]`; the largest of those not kept come back, at zero.
+      score: `(path, weight [...], gradient [...], count []) -> scores [...]`; the largest of those not kept
+        come back: at zero, or with its value where a weight was dropped at this very update.
       fraction: of the live weights, the share that is exchanged at a mask update: a number from 0 to 1, or a schedule.
     """
 

@@ -75,12 +75,17 @@ def _mean_gradient(apply: Callable[..., Any], loss: Callable[[Any, Any], Array],
         inputs = batch["x"] if isinstance(batch["x"], tuple) else (batch["x"],)
         losses = loss(apply(params, *inputs), batch)
         weight = jnp.asarray(batch.get("weight", jnp.ones(losses.shape)), losses.dtype)
-        return jnp.sum(weight * losses), jnp.sum(weight)
+        return jnp.sum(jnp.where(weight != 0, weight * losses, 0)), jnp.sum(weight)
 
-    # Integer leaves are allowed, and have no gradient (JAX's float0).
-    gradient = jax.jit(jax.grad(total, has_aux=True, allow_int=True))
-    sums = [gradient(params, batch) for batch in batches]
-    if not sums:
+    @jax.jit
+    def with_batch(summed: tuple[PyTree, Array] | None, params: PyTree, batch: Any) -> tuple[PyTree, Array]:
+        # Integer leaves are allowed, and have no gradient (JAX's float0).
+        new = jax.grad(total, has_aux=True, allow_int=True)(params, batch)
+        return new if summed is None else jax.tree.map(lambda a, b: a if a.dtype == jax.dtypes.float0 else a + b, summed, new)
+
+    summed = None
+    for batch in batches:
+        summed = with_batch(summed, params, batch)
+    if summed is None:
         raise ValueError("one_shot: `batches` is empty")
-    weight = sum(w for _, w in sums)
-    return jax.tree.map(lambda *gs: gs[0] if gs[0].dtype == jax.dtypes.float0 else sum(gs) / weight, *(g for g, _ in sums))
+    return jax.tree.map(lambda g: g if g.dtype == jax.dtypes.float0 else g / summed[1], summed[0])

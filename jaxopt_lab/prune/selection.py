@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxopt_lab.core.numerics import any_over_batch
 from jaxopt_lab.core.types import Array, PyTree
@@ -47,7 +48,7 @@ def kth_largest(scores: PyTree, k: Array | int) -> Array:
     """
     leaves = [leaf for leaf in jax.tree.leaves(scores) if leaf.size]
     total = _total(leaves)
-    if isinstance(k, int) and not 1 <= k <= total:
+    if isinstance(k, (int, np.integer)) and not 1 <= k <= total:
         raise ValueError(f"kth_largest: k must be from 1 to the number of scores, {total}; got {k}")
     dtype = jnp.result_type(*leaves)
     members = [_ordered(leaf.astype(dtype)) for leaf in leaves]
@@ -169,7 +170,9 @@ def _total(leaves: Sequence[Array]) -> int:
 
 def _ordered(x: Array) -> Array:
     """Unsigned integers in the order of the floats: negative ones flipped, positive ones above them; both zeros alike."""
-    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, jnp.zeros_like(x), x), f"uint{x.dtype.itemsize * 8}")
+    # One zero, and one NaN: what an invalid operation gives on some machines has its sign bit set.
+    x = jnp.where(jnp.isnan(x), jnp.asarray(jnp.nan, x.dtype), jnp.where(x == 0, jnp.zeros_like(x), x))
+    bits = jax.lax.bitcast_convert_type(x, f"uint{x.dtype.itemsize * 8}")
     top = _top(bits.dtype)
     # The very last integer, one of the NaNs, is given up: the bracket's high end stands above every member.
     return jnp.minimum(jnp.where(bits >= top, ~bits, bits | top), _largest(bits.dtype) - 1)

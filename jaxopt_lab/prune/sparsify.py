@@ -49,8 +49,8 @@ def sparsify(
     The number of units cut is :math:`\mathrm{round}(s n)`, half to even, computed on the host in float64 (a sparsity that is
     traced, under `vmap` over configurations say, is rounded in float32). Among equal scores the lowest flat index stays. A weight
     that was cut scores below every live one, so without `growth` it comes back only if the schedule falls. Under `vmap` and
-    `grad` the mask update stays inside a `cond`. Sharded weights are never gathered, as
-    long as the tiles of a `block` pattern divide the shards.
+    `grad` the mask update stays inside a `cond`. Sharded weights are never gathered, as long as the tiles of a
+    `block` pattern divide the shards.
 
     Args:
       inner: any Optax optimiser; extra arguments of `update` (`value=`, ...) are passed on.
@@ -60,8 +60,8 @@ def sparsify(
       criterion: how weights are ranked; `magnitude()` unless given.
       distribution: how the leaves share the cut; `global_()` unless given.
       pattern: which weights are cut together; `unstructured()` unless given.
-      growth: at each mask update, exchanges a part of the live weights for cut ones, which start again at zero (dynamic sparse
-        training); none unless given. To start from a random mask, cut with `one_shot(random(key), ...)` first.
+      growth: at each mask update, exchanges a part of the live weights for others (dynamic sparse training), of which those
+        cut before start again at zero; none unless given. To start from a random mask, cut with `one_shot(random(key), ...)` first.
       where: which leaves are pruned; floating arrays of one axis or more.
       packed: keep masks at one bit a weight instead of one byte.
 
@@ -145,11 +145,10 @@ def _masked(arrays: Sequence[Array], masks: Sequence[Array]) -> list[Array]:
 
 def _landed(updates: Sequence[Array], weights: Sequence[Array], masks: Sequence[Array]) -> list[Array]:
     """Where a weight is cut, the update that ends on exactly 0.0; in a dtype wide enough for the weight to be undone."""
-    landed = []
-    for update, weight, mask in zip(updates, weights, masks, strict=True):
-        wide = jnp.promote_types(update.dtype, weight.dtype)
-        landed.append(jnp.where(mask, update.astype(wide), -weight.astype(wide)))
-    return landed
+    to_zero = numerics.land(list(weights), [jnp.zeros_like(weight) for weight in weights])
+    wide = [jnp.promote_types(update.dtype, weight.dtype) for update, weight in zip(updates, weights, strict=True)]
+    rows = zip(updates, to_zero, masks, wide, strict=True)
+    return [jnp.where(mask, update.astype(dtype), zero.astype(dtype)) for update, zero, mask, dtype in rows]
 
 
 def _store(mask: Array, packed: bool) -> Array | PackedMask:

@@ -58,6 +58,8 @@ def evaluate(
     if not totals:
         raise ValueError("there is nothing to evaluate on: data holds no rows")
     *values, weight = np.sum(np.asarray(jax.device_get(totals), np.float64), axis=0)
+    if not weight:
+        raise ValueError("there is nothing to evaluate on: every row has weight 0")
     return {name: float(value / weight) for (name, _), value in zip(chosen, values, strict=True)}
 
 

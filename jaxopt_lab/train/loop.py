@@ -32,7 +32,7 @@ class Result(NamedTuple):
     Attributes:
       state: the state after the last step; with early stopping, the best one.
       history: the records, as in `metrics.jsonl`.
-      chunk: how many steps a compiled loop took at once; 1 means that the Python loop was the faster.
+      chunk: how many steps a compiled loop took at once; 1 for the Python loop, be it the faster, the only one tried or asked for.
     """
 
     state: Any

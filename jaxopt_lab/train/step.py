@@ -190,6 +190,9 @@ def _taken(update: Callable, **extra: Any) -> dict[str, Any]:
 
 
 def _check_shapes(params: PyTree, updates: PyTree) -> None:
-    for path, leaf, update in zip(flatten(params)[0], jax.tree.leaves(params), jax.tree.leaves(updates), strict=False):
-        if jnp.shape(leaf) != jnp.shape(update):
-            raise ValueError(f"the optimiser's update of {path} has shape {jnp.shape(update)}, the parameter {jnp.shape(leaf)}")
+    for path, leaf, update in zip(*flatten(params)[:2], flatten(updates)[1], strict=True):
+        for stored, moved in zip(jax.tree.leaves(leaf), jax.tree.leaves(update), strict=True):
+            if jnp.shape(stored) != jnp.shape(moved):
+                raise ValueError(
+                    f"the optimiser's update of {path} has shape {jnp.shape(moved)}, the parameter {jnp.shape(stored)}"
+                )

@@ -61,6 +61,9 @@ def test_mixed_precision_competes_in_the_wider():
 
 def test_nan_is_the_largest():
     assert jnp.isnan(KTH(jnp.array([1.0, jnp.nan, 3.0]), 1))
+    negative = jax.lax.bitcast_convert_type(jnp.uint32(0xFFC00000), jnp.float32)
+    scores = jnp.stack([jnp.float32(1.0), negative, jnp.float32(3.0)])
+    np.testing.assert_array_equal(KEEP([scores], jnp.array([2]))[0], [False, True, True])
     np.testing.assert_array_equal(KEEP([jnp.array([1.0, jnp.nan, 3.0])], jnp.array([2]))[0], [False, True, True])
 
 

@@ -374,7 +374,7 @@ def test_saliency_uses_gradients():
     )
     np.testing.assert_array_equal(masks["kernel"], [True, False, False, True])
     # A padded row does not count, an integer leaf has no gradient, and several inputs are a tuple.
-    padded = [{"x": (jnp.array([[8.0, 1, 1, 1], [0, 0, 90, 0]]),), "y": jnp.ones(2), "weight": jnp.array([1.0, 0.0])}]
+    padded = [{"x": (jnp.array([[8.0, 1, 1, 1], [0, 0, 90, 0]]),), "y": jnp.ones(2), "weight": jnp.array([1.0, 0.0])}] * 2
     _, masks = prune.one_shot(
         prune.saliency(), {**params, "ids": jnp.arange(3)}, 0.5, apply=lambda p, x: x @ p["kernel"], loss=loss, batches=padded
     )
