@@ -1,12 +1,22 @@
 """LeNet-5 on MNIST: dense, 95 % sparse, and both in int8; mean and spread over seeds.
 
-    python experiments/lenet.py --data-dir DIRECTORY          three seeds, about 20 minutes on two cores
-    python experiments/lenet.py --dataset digits --epochs 20  the same on scikit-learn's digits, in a minute
+    python experiments/lenet.py --data-dir DIRECTORY                three seeds, about 30 minutes on two cores
+    python experiments/lenet.py --data-dir DIRECTORY --validation   the same, measured on 10,000 of the training images
+    python experiments/lenet.py --dataset digits --epochs 20        the same on scikit-learn's digits, in a minute
 
-A dense LeNet-5 (61,706 parameters) is trained by Adam on a cosine schedule. From there it is pruned by global magnitude on a cubic
-schedule while it trains on. Both are stored as int8 per channel.
+A dense LeNet-5 (61,706 parameters) is trained by Adam on a cosine schedule. From there it is pruned by layer-adaptive magnitude on
+a cubic schedule while it trains on. Both are stored as int8 per channel.
 
-Measured over three seeds: dense 99.07 %, sparse 98.75 % (0.32 points below; the aim was 0.3), int8 within 0.03 points of either.
+The sparse recipe was chosen with --validation on seeds 0 and 1. This far, in points, the sparse accuracy lay below the dense one
+there (the shorter ones were pruned in the first six tenths, the longer in the first half):
+
+    magnitude,      8 epochs,  rate 2e-3, no dropout    0.20  0.44
+    magnitude,      8 epochs,  rate 4e-3, no dropout    0.26  0.33
+    magnitude,      16 epochs, rate 4e-3, dropout 0.1   0.28  0.36
+    layer-adaptive, 8 epochs,  rate 4e-3, no dropout    0.25  0.27
+    layer-adaptive, 16 epochs, rate 4e-3, dropout 0.1   0.16  0.21    (this one)
+
+Measured over three seeds on the test set: dense 99.10 %, sparse 98.89 % (0.21 points below), int8 within 0.05 points of either.
 Published: LeNet-5 0.95 % errors without distortions (LeCun et al., 1998); a larger LeNet-5 (431,000 parameters) 0.80 % errors dense
 and 0.77 % at 92 % sparsity (Han et al., 2015).
 """
@@ -33,13 +43,18 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 6
     """Passes over the data, dense."""
-    sparse_epochs: int = 8
-    """Further passes, in the first six tenths of which the network is pruned."""
+    sparse_epochs: int = 16
+    """Further passes, in the first half of which the network is pruned."""
     batch_size: int = 64
     learning_rate: float = 2e-3
+    """Of the dense training, where its cosine begins."""
+    sparse_learning_rate: float = 4e-3
     sparsity: float = 0.95
     dropout: float = 0.2
-    """Of the dense training; the sparse one has none."""
+    """Of the dense training."""
+    sparse_dropout: float = 0.1
+    validation: bool = False
+    """Hold out the last sixth of the training images, and leave the test set alone: settings are chosen by this."""
 
 
 def study(config: Config) -> None:
@@ -49,6 +64,8 @@ def study(config: Config) -> None:
     from jaxopt_lab import data, report
 
     loaded = data.load(config.dataset, cli.data_directory(config.data_dir))
+    if config.validation:
+        loaded = held_out_of_training(loaded)
     runs = []
     for seed in config.seeds:
         rows = one_seed(config, seed, loaded)
@@ -61,6 +78,13 @@ def study(config: Config) -> None:
     (config.out / "summary.json").write_text(json.dumps(lines, indent=2) + "\n")
 
 
+def held_out_of_training(loaded: Any) -> Any:
+    """The data set with the last sixth of its training examples in the place of the test set."""
+    kept = len(loaded.train["x"]) * 5 // 6
+    first, last = ({key: array[part] for key, array in loaded.train.items()} for part in (slice(kept), slice(kept, None)))
+    return loaded._replace(train=first, test=last)
+
+
 def one_seed(config: Config, seed: int, loaded: Any) -> list[Any]:
     """The four stages of one seed."""
     import jax
@@ -69,19 +93,25 @@ def one_seed(config: Config, seed: int, loaded: Any) -> list[Any]:
     from jaxopt_lab import checkpoint, compress, data, losses, nets, prune, report, schedules, train
 
     model = nets.from_linen(nets.LeNet(dropout=config.dropout))
-    # What is left at 95 % needs no dropout: with it a seed lost 0.46 points, without it 0.15.
-    steady = nets.from_linen(nets.LeNet())
+    steadier = nets.from_linen(nets.LeNet(dropout=config.sparse_dropout))
     loss = losses.per_example(losses.cross_entropy)
     batches = data.batches(loaded.train, config.batch_size, seed=seed)
     dense_steps, steps = (epochs * batches.steps_per_epoch for epochs in (config.epochs, config.sparse_epochs))
-    begin, end = steps // 20, steps * 6 // 10
+    begin, end = steps // 20, steps // 2
     ramp = schedules.cubic(0.0, config.sparsity, begin, end)
     rows: list[Any] = []
 
-    def adam(steps: int) -> Any:
-        return optax.adam(optax.cosine_decay_schedule(config.learning_rate, steps))
+    def adam(rate: float, steps: int) -> Any:
+        return optax.adam(optax.cosine_decay_schedule(rate, steps))
 
-    sparse = prune.sparsify(adam(steps), ramp, begin=begin, end=end, every=max(1, steps // 200))
+    sparse = prune.sparsify(
+        adam(config.sparse_learning_rate, steps),
+        ramp,
+        begin=begin,
+        end=end,
+        every=max(1, steps // 200),
+        criterion=prune.layer_adaptive(),
+    )
 
     def trained(model: Any, tx: Any, steps: int, variables: Any = None) -> Any:
         state = train.init(model, tx, jax.random.key(seed), batches(0), variables)
@@ -95,9 +125,9 @@ def one_seed(config: Config, seed: int, loaded: Any) -> list[Any]:
         print(f"seed {seed}, {name}: {100 * rows[-1].accuracy:.2f} %", file=sys.stderr, flush=True)
         return variables
 
-    dense = keep("dense", trained(model, adam(dense_steps), dense_steps))
+    dense = keep("dense", trained(model, adam(config.learning_rate, dense_steps), dense_steps))
     keep("dense, int8", {**dense, "params": compress.quantize(dense["params"])})
-    pruned = keep("sparse", trained(steady, sparse, steps, dense))
+    pruned = keep("sparse", trained(steadier, sparse, steps, dense))
     keep("sparse, int8", {**pruned, "params": compress.quantize(pruned["params"])})
     return rows
 

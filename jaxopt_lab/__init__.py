@@ -9,12 +9,12 @@ A model is a pure function `apply` and a tree of parameters. Four kinds of piece
 
 The floors, each of which imports only lower ones (a test walks the imports):
 
-    0  core          paths and selectors, landing, straight-through, keys of rows
+    0  core          paths and selectors, landing, straight-through, keys of rows, the walk over a traced program
     1  schedules     curves of the step counter: rates, sparsity, temperature, batch size
     1  losses        what optax lacks, and distillation
     1  regularize    penalties, proximal operators, their transforms
     1  prune         criterion x distribution x pattern, and the wrapper `sparsify`
-    1  compress      compressed leaves, and `lift`: the same function on a compressed tree
+    1  compress      compressed leaves, and `lift`: the same function on a compressed tree; calibration, rounding, training
     1  nets          Flax modules with width and depth as fields, and the `Model` pair
     2  checkpoint    trees on Orbax with a manifest, restored without a target
     2  data          arrays, data sets, batches as f(seed, step)
@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_CORE = ("numerics", "tree")
+_CORE = ("numerics", "tracing", "tree")
 
 __all__ = [
     "checkpoint",
@@ -47,6 +47,7 @@ __all__ = [
     "regularize",
     "report",
     "schedules",
+    "tracing",
     "train",
     "tree",
 ]
@@ -67,7 +68,7 @@ if TYPE_CHECKING:
         schedules,
         train,
     )
-    from jaxopt_lab.core import numerics, tree
+    from jaxopt_lab.core import numerics, tracing, tree
 
 
 def __getattr__(name: str):

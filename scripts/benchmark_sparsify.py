@@ -1,7 +1,8 @@
 """What `sparsify` costs: a step of Adam with and without it, between mask updates and at one.
 
 Prints one JSON line a case. Ratios are those of medians in one run, in which the cases take turns; the state is donated. A mask
-update is also given in training steps of a multi-layer perceptron of the same size at batch 64.
+update is also given in training steps of a multi-layer perceptron of the same size at batch 64. `mask_bytes` is what the masks
+of the state take: a byte a kernel weight, or a bit where they are packed.
 
     ./scripts/run scripts/benchmark_sparsify.py [--sizes 300000 10000000] [--repeats 9]
 """
@@ -96,6 +97,11 @@ def configurations_case(params: Any, *, updates: int, configurations: int = 8) -
     return jax.jit(step, donate_argnums=(0, 1)), [params, state, jax.tree.map(lambda w: 0.1 * w, params)]
 
 
+def mask_bytes(state: Any) -> int:
+    """Bytes of the masks in the state of a case; 0 where it has none."""
+    return lab.tree.nbytes(state.masks) if isinstance(state, lab.prune.SparsifyState) else 0
+
+
 def in_turns(cases: dict[str, Case], repeats: int, calls: int) -> dict[str, float]:
     """Median seconds a call of each case, the cases taking turns."""
     times: dict[str, list[float]] = {name: [] for name in cases}
@@ -141,6 +147,7 @@ def main() -> None:
                     {
                         "case": name,
                         "parameters": lab.tree.size(params),
+                        "mask_bytes": mask_bytes(cases[name][1][1]),
                         "ms": round(value * 1e3, 3),
                         "ratio_to_adam": round(value / seconds["adam"], 3),
                         "training_steps": round(value / seconds["training step, batch 64"], 3),

@@ -1,16 +1,28 @@
 """The studies run, small, and their `--help` answers without JAX."""
 
+import functools
 import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-from jaxopt_lab import cli
+from jaxopt_lab import cli, report
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+
+
+@pytest.fixture
+def _in_a_hurry(monkeypatch):
+    """Compiles without optimising, in the processes that a study starts too, and times two calls where a study times fifty."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    monkeypatch.setattr(report, "measure", functools.partial(report.measure, repeats=2))
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def load(name):
@@ -32,6 +44,7 @@ def test_help_needs_no_jax(name):
     assert not imported & {"jax", "numpy", "flax", "optax"}
 
 
+@pytest.mark.usefixtures("_in_a_hurry")
 def test_the_main_job(tmp_path, capsys):
     study = load("compress")
     assert cli.main(study.study, study.Config, ["--epochs", "1", "--out", str(tmp_path)]) == 0
@@ -85,10 +98,11 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
         assert "\n" not in said
 
 
+@pytest.mark.usefixtures("_in_a_hurry")
 def test_lenet_over_seeds(tmp_path, capsys):
     study = load("lenet")
-    arguments = ["--dataset", "digits", "--epochs", "1", "--sparse-epochs", "1", "--seeds", "0", "--out", str(tmp_path)]
-    assert cli.main(study.study, study.Config, arguments) == 0
+    short = ["--epochs", "1", "--sparse-epochs", "1", "--batch-size", "240", "--seeds", "0"]
+    assert cli.main(study.study, study.Config, ["--dataset", "digits", "--out", str(tmp_path), *short]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [line["stage"] for line in lines] == ["dense", "dense, int8", "sparse", "sparse, int8"]
     assert lines[2]["nonzeros"][0] <= round(0.05 * 21_150) + 236

@@ -1,8 +1,86 @@
 """Compressed leaves: parameters that store fewer bytes, and `lift`, the same function on a compressed tree."""
 
+from jaxopt_lab.compress.arrays import kmeans, observers
+from jaxopt_lab.compress.arrays.factor import by_energy, by_evidence
+from jaxopt_lab.compress.budget import Allocation, allocate, allocate_bits
 from jaxopt_lab.compress.leaf import Leaf
+from jaxopt_lab.compress.leaves.clustered import Clustered, cluster
+from jaxopt_lab.compress.leaves.dynamic import DynamicQuantized, StaticQuantized, dynamic, static
+from jaxopt_lab.compress.leaves.fake_quantized import DoReFa, FakeQuantized, LearnedStep, StraightThrough, fake_quantize, freeze
+from jaxopt_lab.compress.leaves.float8 import Float8, quantize_float
+from jaxopt_lab.compress.leaves.low_rank import LowRank, low_rank
+from jaxopt_lab.compress.leaves.masked import Masked, store_sparse
+from jaxopt_lab.compress.leaves.n_of_m import NM, store_n_of_m
+from jaxopt_lab.compress.leaves.normal_float import NormalFloat, quantize_normal
+from jaxopt_lab.compress.leaves.quantized import Quantized, bits_for_range, quantize
+from jaxopt_lab.compress.leaves.sum import Frozen, Sum, add_low_rank, split_low_rank
+from jaxopt_lab.compress.leaves.transformed import InputScaled, Rotated
+from jaxopt_lab.compress.leaves.tucker import Tucker2, tucker2
 from jaxopt_lab.compress.lift import Stored, decompress, lift, summary
-from jaxopt_lab.compress.quantized import Quantized, quantize
-from jaxopt_lab.compress.training import merge, optimizer, trainable
+from jaxopt_lab.compress.post import calibrate
+from jaxopt_lab.compress.post.rounding import adaround, awq, bias_correct, equalize, gptq, rotate, smooth
+from jaxopt_lab.compress.storage import huffman_nbytes
+from jaxopt_lab.compress.training import AnnealState, Trained, anneal, merge, optimizer, trainable
 
-__all__ = ["Leaf", "Quantized", "Stored", "decompress", "lift", "merge", "optimizer", "quantize", "summary", "trainable"]
+__all__ = [
+    "NM",
+    "Allocation",
+    "AnnealState",
+    "Clustered",
+    "DoReFa",
+    "DynamicQuantized",
+    "FakeQuantized",
+    "Float8",
+    "Frozen",
+    "InputScaled",
+    "Leaf",
+    "LearnedStep",
+    "LowRank",
+    "Masked",
+    "NormalFloat",
+    "Quantized",
+    "Rotated",
+    "StaticQuantized",
+    "Stored",
+    "StraightThrough",
+    "Sum",
+    "Trained",
+    "Tucker2",
+    "adaround",
+    "add_low_rank",
+    "allocate",
+    "allocate_bits",
+    "anneal",
+    "awq",
+    "bias_correct",
+    "bits_for_range",
+    "by_energy",
+    "by_evidence",
+    "calibrate",
+    "cluster",
+    "decompress",
+    "dynamic",
+    "equalize",
+    "fake_quantize",
+    "freeze",
+    "gptq",
+    "huffman_nbytes",
+    "kmeans",
+    "lift",
+    "low_rank",
+    "merge",
+    "observers",
+    "optimizer",
+    "quantize",
+    "quantize_float",
+    "quantize_normal",
+    "rotate",
+    "smooth",
+    "split_low_rank",
+    "static",
+    "store_n_of_m",
+    "store_sparse",
+    "summary",
+    "trainable",
+    "tucker2",
+]

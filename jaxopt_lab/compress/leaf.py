@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
 import quax
+from jax.core import Tracer
 
+from jaxopt_lab.core import tree
 from jaxopt_lab.core.types import Array
 
-__all__ = ["Leaf"]
+__all__ = ["Leaf", "checked"]
 
 
 class Leaf(quax.ArrayValue):
@@ -60,3 +63,31 @@ class Leaf(quax.ArrayValue):
     def broadcast_in_dim(self, *, shape: Sequence[int], broadcast_dimensions: Sequence[int], **params: Any) -> "Leaf | Array":
         """`lax.broadcast_in_dim(self)`."""
         return NotImplemented
+
+
+def checked(weight: Any, path: str) -> Array:
+    """A weight that can be compressed: a floating-point array, finite where its values are known.
+
+    Args:
+      weight: a leaf of a tree.
+      path: what errors call it.
+
+    Raises:
+      TypeError: it is compressed already, or not floating.
+      ValueError: it holds NaN or infinite values.
+
+    >>> checked(jnp.arange(3), "Dense_0/kernel")
+    Traceback (most recent call last):
+      ...
+    TypeError: Dense_0/kernel has dtype int32; only floating-point weights are compressed: leave it out of `where`
+    """
+    if tree.is_compressed(weight):
+        kind = type(weight).__name__
+        raise TypeError(f"{path} is compressed already, as {kind}; leave it out of `where`, or decompress it first")
+    dtype = jnp.result_type(weight)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{path} has dtype {dtype}; only floating-point weights are compressed: leave it out of `where`")
+    weight = jnp.asarray(weight)
+    if not isinstance(weight, Tracer) and not bool(jnp.isfinite(weight).all()):
+        raise ValueError(f"{path} of shape {weight.shape} holds NaN or infinite weights, which cannot be compressed")
+    return weight

@@ -28,7 +28,7 @@ def lift(apply: Callable[..., Any]) -> Callable[..., Any]:
     Args:
       apply: any function of trees of arrays; compressed leaves may stand anywhere in its arguments.
 
-    >>> from jaxopt_lab.compress.quantized import quantize
+    >>> from jaxopt_lab.compress.leaves.quantized import quantize
     >>> params = {"kernel": jnp.array([[1.27, 0.0], [0.0, 2.54]])}
     >>> lift(lambda p, x: x @ p["kernel"])(quantize(params, where="kernel"), jnp.ones(2))
     Array([1.27, 2.54], dtype=float32)
@@ -46,7 +46,7 @@ def lift(apply: Callable[..., Any]) -> Callable[..., Any]:
 def decompress(params: PyTree) -> PyTree:
     """The dense tree: every compressed leaf becomes the array that it stands for.
 
-    >>> from jaxopt_lab.compress.quantized import quantize
+    >>> from jaxopt_lab.compress.leaves.quantized import quantize
     >>> decompress(quantize({"kernel": jnp.array([[0.5], [-1.27]])}, where="kernel"))
     {'kernel': Array([[ 0.5 ],
            [-1.27]], dtype=float32)}
@@ -85,7 +85,7 @@ def summary(params: PyTree, reference: PyTree | None = None) -> dict[str, Stored
     Raises:
       ValueError: `reference` has other paths.
 
-    >>> from jaxopt_lab.compress.quantized import quantize
+    >>> from jaxopt_lab.compress.leaves.quantized import quantize
     >>> params = {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}
     >>> summary(quantize(params, where="kernel"), params)["kernel"]
     Stored(format='int8 per channel 1', shape=(4, 2), nbytes=16, dense_nbytes=32, rmse=0.0)

@@ -41,9 +41,10 @@ def quaxified(fn: Callable[..., Any]) -> Callable[..., Any]:
     Args:
       fn: any function of trees of arrays and leaves.
 
-    >>> from jaxopt_lab.compress.quantized import quantize
-    >>> quaxified(lambda kernel: kernel.T)(quantize({"kernel": jax.numpy.ones((3, 2))})["kernel"])
-    Quantized(codes=i8[2,3], scale=f32[2,1], dense_dtype=dtype('float32'))
+    >>> from jaxopt_lab.compress.leaves.quantized import quantize
+    >>> turned = quaxified(lambda kernel: kernel.T)(quantize({"kernel": jax.numpy.ones((3, 2))})["kernel"])
+    >>> type(turned).__name__, turned.shape
+    ('Quantized', (2, 3))
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -25,7 +25,14 @@ def land(params: PyTree, target: PyTree) -> PyTree:
     r"""The update that takes `params` to `target`: :math:`u = y - x`.
 
     `optax.apply_updates(params, land(params, target))` is exactly 0.0 wherever `target` is 0 (:math:`x + (0 - x) = 0` in floating
-    point) and `target` to one rounding elsewhere. The difference is taken in at least float32, so 16-bit parameters land exactly.
+    point). Elsewhere it is `target` to one rounding of the larger of the two numbers (subnormal ones apart),
+
+    .. math:: |x + u - y| \le \epsilon \max(|x|, |y|),
+
+    with :math:`\epsilon` of the type of `params`, 2**-23 in float32: a weight that shrinks a thousandfold may miss its target by a
+    thousand of the target's own roundings. The difference is taken in at least float32, so 16-bit parameters land exactly on a
+    target of their own type unless it is tiny beside what they were: as long as :math:`|y| > 2^{-14} |x|` in bfloat16, and
+    :math:`2^{-11} |x|` in float16.
 
     >>> x, y = jnp.array([0.1, -3.0]), jnp.array([0.0, -2.9])
     >>> x + land(x, y)
@@ -38,7 +45,8 @@ def landing(project: Callable[[PyTree], PyTree], params: PyTree, updates: PyTree
     r"""Rewrites `updates` so that the parameters land on a constraint: :math:`u' = P(x + u) - x`.
 
     Whatever applies the updates afterwards (`optax.apply_updates`, in anyone's loop) ends on the projection: exactly for zeros,
-    otherwise to one rounding. Proximal steps and projections go through here; `prune.sparsify`, whose live weights keep the
+    otherwise to one rounding of the larger of old and new weight, as `land` says. A weight may so end outside a box, say, by one
+    rounding of its old magnitude. Proximal steps and projections go through here; `prune.sparsify`, whose live weights keep the
     optimiser's own update, lands its zeros by `land`.
 
     Args:

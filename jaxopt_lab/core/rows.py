@@ -1,4 +1,4 @@
-"""Batches that are short of rows: filled up, and the padding weighed at nothing."""
+"""What a batch is to every step: its inputs, its rows, and the padding that is weighed at nothing."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["count_rows", "pad_rows"]
+__all__ = ["count_rows", "inputs", "pad_rows"]
+
+
+def inputs(batch: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The inputs of a batch in the order in which a model takes them: its entry "x", a tuple where there are several.
+
+    Raises:
+      ValueError: the batch is no dict, or has no "x".
+
+    >>> inputs({"x": 1, "y": 2}), inputs({"x": (1, 2)})
+    ((1,), (1, 2))
+    """
+    if not isinstance(batch, Mapping) or "x" not in batch:
+        has = ", ".join(map(str, batch)) or "nothing" if isinstance(batch, Mapping) else f"type {type(batch).__name__}"
+        raise ValueError(f'a batch must be a dict with the entry "x"; this one has {has}')
+    return batch["x"] if isinstance(batch["x"], tuple) else (batch["x"],)
 
 
 def count_rows(batch: Mapping[str, Any]) -> int:
@@ -19,9 +34,7 @@ def count_rows(batch: Mapping[str, Any]) -> int:
     >>> count_rows({"x": np.ones((3, 2)), "y": np.zeros(3)})
     3
     """
-    if "x" not in batch:
-        raise ValueError(f'a batch must have the entry "x"; this one has {", ".join(map(str, batch))}')
-    rows = jnp.shape(jax.tree.leaves(batch["x"])[0])[:1]
+    rows = jnp.shape(jax.tree.leaves(inputs(batch))[0])[:1]
     for name, value in batch.items():
         for leaf in jax.tree.leaves(value):
             if not rows or jnp.shape(leaf)[:1] != rows:

@@ -8,7 +8,7 @@ import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -21,12 +21,14 @@ from jaxopt_lab.core.types import Array, PyTree, Where
 __all__ = [
     "any_compressed",
     "flatten",
+    "has_latent",
     "is_compressed",
     "latent",
     "map_selected",
     "nbytes",
     "paths",
     "replace_latent",
+    "replace_latents",
     "select",
     "selected",
     "size",
@@ -71,8 +73,13 @@ def flatten(tree: PyTree) -> tuple[list[str], list[Any], Any]:
     for path, _ in with_paths:
         # An NNX variable's only child is its value; a tuple of (query, key, value) has three, and keeps its names.
         boxed = path and path[-1] == _VALUE and siblings[path[:-1]] == 1
-        names.append("/".join(jax.tree_util.keystr((key,), simple=True) for key in (path[:-1] if boxed else path)))
+        names.append("/".join(map(_part, path[:-1] if boxed else path)))
     return names, [leaf for _, leaf in with_paths], treedef
+
+
+def _part(key: Any) -> str:
+    """One part of a path, as it is written in it."""
+    return jax.tree_util.keystr((key,), simple=True)
 
 
 def paths(tree: PyTree) -> list[str]:
@@ -86,7 +93,7 @@ def paths(tree: PyTree) -> list[str]:
 
 @lru_cache(maxsize=1024)
 def _glob(pattern: str) -> re.Pattern:
-    """`**` matches zero or more parts; `*` and `?` stay inside one part; `[abc]` is a set; the rest is literal."""
+    """`**` matches zero or more parts; `*` and `?` stay in one; `[a-z]` is a set, `[!a-z]` its complement; the rest is literal."""
     expression = ""
     for k, part in enumerate(parts := pattern.split("/")):
         last = k == len(parts) - 1
@@ -94,8 +101,9 @@ def _glob(pattern: str) -> re.Pattern:
             expression += r".*" if last else r"(?:[^/]+/)*"
             continue
         body = "".join(
-            "[^/]*" if piece == "*" else "[^/]" if piece == "?" else piece if piece[0] == "[" else re.escape(piece)
-            for piece in re.findall(r"\[[^\]/]+\]|.", part)
+            "[^/]*" if piece == "*" else "[^/]" if piece == "?" else _set(piece, pattern) if len(piece) > 1 else re.escape(piece)
+            # As in fnmatch, a `]` that stands first in a set is a member, and a `[` that nothing closes is literal.
+            for piece in re.findall(r"\[!?+\]?+[^\]]*+\]|.", part)
         )
         expression += body + ("" if last else "/")
     # "a/**" also matches "a" itself: `**` may stand for no part at all.
@@ -104,20 +112,32 @@ def _glob(pattern: str) -> re.Pattern:
     return re.compile(expression + r"\Z")
 
 
+def _set(piece: str, pattern: str) -> str:
+    """The regular expression of a set `[...]` or `[!...]`, which never matches a "/"."""
+    complement = piece[1] == "!"
+    members = ""
+    for first, last in re.findall(r"(.)(?:-(.))?", piece[1 + complement : -1]):
+        if last and first > last:
+            raise ValueError(f"where={pattern!r} has the set {piece}, in which the range {first}-{last} runs backwards")
+        members += re.escape(first) + (f"-{re.escape(last)}" if last else "")
+    return f"(?!/)[{'^' if complement else ''}{members}]"
+
+
 def select(tree: PyTree, where: Where = "**") -> PyTree:
     """Chooses leaves by path: a static tree of bool with one entry for each leaf of `tree`.
 
     Args:
       tree: any tree; a compressed leaf counts as one leaf, chosen by the path it had as a dense array.
-      where: a glob on the "/"-joined path (`**` matches zero or more parts, `*` and `?` stay inside one), several globs of
-        which any may match, a predicate `(path, leaf) -> bool`, or a tree of bool (returned as it is, once its structure fits).
+      where: a glob on the "/"-joined path (`**` matches zero or more parts, `*`, `?`, `[a-z]` and `[!a-z]` stay inside one),
+        several globs of which any may match a leaf and each must match one, a predicate `(path, leaf) -> bool`, or a tree of bool
+        (returned as it is, once its structure fits).
 
     Returns:
       A tree of Python bools. It is static: choose once, outside `jit`, or inside it at trace time.
 
     Raises:
-      ValueError: nothing matches (the message lists the nearest paths), a tree of bool has another structure, or two leaves have
-        the same path.
+      ValueError: nothing matches, or not every one of several globs does (the message lists the nearest paths); a set in a glob
+        has a range that runs backwards, a tree of bool has another structure, or two leaves have the same path.
 
     >>> params = {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
     >>> select(params, "**/kernel")
@@ -135,7 +155,12 @@ def select(tree: PyTree, where: Where = "**") -> PyTree:
     elif callable(where):
         chosen = [bool(where(name, leaf)) for name, leaf in zip(names, leaves, strict=True)]
     elif isinstance(where, (list, tuple)) and where and all(isinstance(pattern, str) for pattern in where):
-        chosen = [any(_glob(pattern).match(name) for pattern in where) for name in names]
+        matches = {pattern: [_glob(pattern).match(name) is not None for name in names] for pattern in where}
+        # One that matches nothing is a misspelling, whatever the others match.
+        for pattern, matched in matches.items():
+            if not any(matched):
+                raise ValueError(_nothing_matches(pattern, names))
+        chosen = [any(column) for column in zip(*matches.values(), strict=True)]
     else:
         flags, structure = jax.tree.flatten(where)
         if structure != treedef or not all(isinstance(flag, (bool, np.bool_)) for flag in flags):
@@ -148,9 +173,13 @@ def select(tree: PyTree, where: Where = "**") -> PyTree:
         twice = next(name for name, times in Counter(names).items() if times > 1)
         raise ValueError(f"two leaves have the path {twice}; rename a key that holds a '/'")
     if not any(chosen):
-        near = difflib.get_close_matches(where, names, n=5, cutoff=0.0) if isinstance(where, str) else names
-        raise ValueError(f"nothing matches where={_shown(where)}; the nearest of {len(names)} paths: {_some(near)}")
+        raise ValueError(_nothing_matches(where, names))
     return jax.tree.unflatten(treedef, chosen)
+
+
+def _nothing_matches(where: Where, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(where, names, n=5, cutoff=0.0) if isinstance(where, str) else names
+    return f"nothing matches where={_shown(where)}; the nearest of {len(names)} paths: {_some(near)}"
 
 
 def _shown(where: Where) -> str:
@@ -185,7 +214,7 @@ def map_selected(fn: Callable[..., Any], tree: PyTree, *rest: PyTree, where: Whe
 def latent(leaf: Any, path: str = "") -> Array:
     """The weight that training moves: the array itself, or the latent weight that a compressed leaf declares.
 
-    A compressed leaf class says which of its fields train (`trains`, a tuple of names) and which one, if any, is a weight of the
+    A compressed leaf says which of its fields train (`trains`, a tuple of names) and which one, if any, is a weight of the
     leaf's own shape (`latent`, a name or None). Penalties, decay and masks act on that one.
 
     Raises:
@@ -196,13 +225,25 @@ def latent(leaf: Any, path: str = "") -> Array:
     """
     if not is_compressed(leaf):
         return leaf
-    name = getattr(type(leaf), "latent", None)
-    if name is None:
+    if not has_latent(leaf):
         raise TypeError(
-            f"{path or 'a leaf'} is stored as {type(leaf).__name__}, which has no latent weight to act on; "
+            f"{path or 'a leaf'} is stored as {getattr(leaf, 'kind', type(leaf).__name__)}, which has no latent weight to act on; "
             "leave it out of `where`, or decompress it first"
         )
-    return getattr(leaf, name)
+    return getattr(leaf, leaf.latent)
+
+
+def has_latent(leaf: Any) -> bool:
+    """Whether `latent(leaf)` is an array: of a plain leaf always, of a compressed one if it declares a latent weight.
+
+    A leaf in the state of an optimiser that left the weight out (`optax.masked`) declares one, and holds none.
+
+    >>> has_latent(jnp.ones(3))
+    True
+    """
+    return not is_compressed(leaf) or (
+        getattr(leaf, "latent", None) is not None and jax.tree_util.all_leaves([getattr(leaf, leaf.latent)])
+    )
 
 
 def replace_latent(leaf: Any, value: Array) -> Any:
@@ -213,9 +254,19 @@ def replace_latent(leaf: Any, value: Array) -> Any:
     """
     if not is_compressed(leaf):
         return value
-    field = jax.tree_util.GetAttrKey(type(leaf).latent)
     children, treedef = jax.tree_util.tree_flatten_with_path(leaf)
-    return jax.tree.unflatten(treedef, [value if path[:1] == (field,) else child for path, child in children])
+    return jax.tree.unflatten(treedef, [value if _part(path[-1]) == leaf.latent else child for path, child in children])
+
+
+def replace_latents(tree: PyTree, values: Mapping[str, Array]) -> PyTree:
+    """A tree with the (latent) weights at the given paths replaced.
+
+    >>> replace_latents({"bias": 1.0, "kernel": 2.0}, {"kernel": 3.0})
+    {'bias': 1.0, 'kernel': 3.0}
+    """
+    names, leaves, treedef = flatten(tree)
+    changed = [replace_latent(leaf, values[name]) if name in values else leaf for name, leaf in zip(names, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, changed)
 
 
 def size(tree: PyTree) -> int:

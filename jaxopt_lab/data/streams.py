@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
@@ -35,7 +35,7 @@ class Batches:
     Nothing is remembered from call to call, so a run that is resumed at any step sees the very batches that an unbroken one would
     see. The examples are drawn without replacement: the stream is one shuffled pass over the data after another, cut into batches
     across their borders, so each pass holds every example exactly once and no remainder is dropped. (A batch across a border can
-    hold an example twice, once from either pass.)
+    hold an example twice, once from either pass.) It has no end, and so it cannot be iterated over: `for step in range(steps)`.
     """
 
     arrays: dict[str, np.ndarray]
@@ -94,6 +94,12 @@ class Batches:
         indices = self._indices(self._offset(step), self.size(step))
         return {key: array.take(indices, axis=0) for key, array in self.arrays.items()}
 
+    def __iter__(self) -> NoReturn:
+        raise TypeError(
+            "a stream of batches has no end; ask for the batch of a step: "
+            "for step in range(batches.steps_per_epoch): batch = batches(step)"
+        )
+
     def stack(self, step: int, count: int) -> dict[str, np.ndarray]:
         """The batches of the steps `step, step + 1, ...` as arrays `[k, B, ...]`, for a compiled loop over them.
 
@@ -116,6 +122,8 @@ class Batches:
         return {key: array.take(indices, axis=0).reshape(count, size, *array.shape[1:]) for key, array in self.arrays.items()}
 
     def _offset(self, step: int) -> int:
+        if self.batch_size is None:
+            return step * self.examples
         return step * self.batch_size if isinstance(self.batch_size, int) else int(self.batch_size.offset(step))
 
     def _indices(self, start: int, count: int) -> np.ndarray:

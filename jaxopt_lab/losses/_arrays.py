@@ -1,15 +1,10 @@
-"""What the losses share: float32 logits, one-line checks, sums in which nothing times minus infinity is nothing."""
-
-from collections.abc import Callable
+"""What the losses share: sums in which nothing times minus infinity is nothing, and a one-line check of shapes."""
 
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
-from jax.typing import ArrayLike
 
 from jaxopt_lab.core.types import Array
 
-__all__ = ["expected", "require", "same_shape"]
+__all__ = ["expected", "same_shape"]
 
 
 def expected(probabilities: Array, values: Array) -> Array:
@@ -20,19 +15,6 @@ def expected(probabilities: Array, values: Array) -> Array:
     """
     possible = probabilities != 0
     return jnp.sum(jnp.where(possible, probabilities * jnp.where(possible, values, 0.0), 0.0), axis=-1)
-
-
-def require(holds: Callable, must: str, **value: ArrayLike) -> None:
-    """Raises a one-line ValueError unless the setting holds; a traced one is taken on trust.
-
-    >>> require(lambda k: k > 0, "be positive", k=0)
-    Traceback (most recent call last):
-      ...
-    ValueError: k must be positive; got 0
-    """
-    ((name, given),) = value.items()
-    if not isinstance(given, Tracer) and not np.all(holds(np.asarray(given))):
-        raise ValueError(f"{name} must {must}; got {given}")
 
 
 def same_shape(**arrays: Array) -> None:

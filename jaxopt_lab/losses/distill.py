@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxopt_lab.core.checks import require
 from jaxopt_lab.core.numerics import wide
 from jaxopt_lab.core.types import Array
-from jaxopt_lab.losses._arrays import expected, require, same_shape
+from jaxopt_lab.losses._arrays import expected, same_shape
 
 __all__ = ["TopK", "soft_targets", "soft_targets_binary", "soft_targets_top_k", "top_k_targets"]
 

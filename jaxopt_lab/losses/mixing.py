@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxopt_lab.core.checks import require
 from jaxopt_lab.core.numerics import wide
 from jaxopt_lab.core.types import Array
-from jaxopt_lab.losses._arrays import require
 
 __all__ = ["cutmix", "mixup"]
 

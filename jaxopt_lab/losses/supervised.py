@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxopt_lab.core.checks import require
 from jaxopt_lab.core.numerics import wide
 from jaxopt_lab.core.types import Array
-from jaxopt_lab.losses._arrays import expected, require
+from jaxopt_lab.losses._arrays import expected
 
 __all__ = ["accuracy", "cross_entropy"]
 
@@ -54,17 +55,18 @@ def cross_entropy(logits: ArrayLike, labels: ArrayLike, label_smoothing: ArrayLi
 
 
 def accuracy(logits: ArrayLike, labels: ArrayLike) -> Array:
-    r"""Whether the largest logit is the label's and all are finite: 1.0 or 0.0 per example.
+    r"""Whether the largest logit is the label's, and finite: 1.0 or 0.0 per example.
 
-    .. math:: a = \mathbf{1}[\arg\max_c z_c = y]\ \prod_c \mathbf{1}[|z_c| < \infty]
+    .. math:: a = \mathbf{1}[\arg\max_c z_c = y]\ \mathbf{1}[|\max_c z_c| < \infty]
 
     Args:
       logits: shape `[..., classes]`; ties go to the lowest class.
       labels: integers of shape `[...]`, or distributions of shape `[..., classes]`, whose largest entry is the label.
 
     Returns:
-      float32 of shape `[...]`, so that a weighted mean of it is the accuracy. Logits with a NaN or an infinity are wrong:
-      a model that overflows has learnt nothing to be right about.
+      float32 of shape `[...]`, so that a weighted mean of it is the accuracy. Logits with a NaN or plus infinity are wrong:
+      a model that overflows has learnt nothing to be right about. A class masked out by minus infinity is harmless, as it is to
+      `cross_entropy`; where all are, the example is wrong.
 
     Raises:
       ValueError: the shapes do not fit.
@@ -79,7 +81,8 @@ def accuracy(logits: ArrayLike, labels: ArrayLike) -> Array:
         _check_distributions(logits, labels)
         labels = jnp.argmax(labels, axis=-1)
     right = jnp.argmax(logits, axis=-1) == labels.astype(jnp.int32)
-    return (right & jnp.isfinite(logits).all(axis=-1)).astype(jnp.float32)
+    # A NaN is the maximum of what it stands among.
+    return (right & jnp.isfinite(jnp.max(logits, axis=-1))).astype(jnp.float32)
 
 
 def _check_ids(logits: Array, labels: Array) -> None:

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxopt_lab.core.types import Array
 
-__all__ = ["moments", "row_mask"]
+__all__ = ["layer_moments", "moments", "row_mask", "running_average"]
 
 
 def moments(
@@ -80,3 +81,44 @@ def row_mask(weight: Array, x: Array) -> Array:
         raise ValueError(f"batch statistics with padding need the batch ({weight.shape[0]}) as leading axis; got {x.shape}")
     rows = jnp.repeat(weight != 0, x.shape[0] // weight.shape[0])
     return rows.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def layer_moments(
+    layer: Any, x: Array, mask: Array | None = None, *, weight: Array | None = None, axis_name: str | None = None
+) -> tuple[Array, Array]:
+    """The mean and variance that a BatchNorm of either of Flax's worlds normalises `x` by in training.
+
+    Args:
+      layer: `nn.BatchNorm` or `nnx.BatchNorm`: its axes, its own device axis and its groups, and how it takes the variance.
+      x: what it is called on.
+      mask: what it is called with, broadcastable to `x`.
+      weight: `[B]`; rows whose weight is 0 do not count either.
+      axis_name: the mapped axis, unless the layer names its own.
+
+    >>> import flax.linen as nn
+    >>> mean, variance = layer_moments(nn.BatchNorm(axis=0), jnp.array([[1.0, 3.0], [4.0, 4.0]]))
+    >>> mean.tolist(), variance.tolist()
+    ([2.0, 4.0], [1.0, 0.0])
+    """
+    if weight is not None:
+        rows = row_mask(weight, x)
+        mask = rows if mask is None else rows & mask.astype(bool)
+    kept = {axis % x.ndim for axis in (layer.axis if isinstance(layer.axis, (tuple, list)) else (layer.axis,))}
+    return moments(
+        x,
+        [axis for axis in range(x.ndim) if axis not in kept],
+        mask=mask,
+        axis_name=layer.axis_name or axis_name,
+        axis_index_groups=layer.axis_index_groups,
+        fast=layer.use_fast_variance,
+    )
+
+
+def running_average(layer: Any, old: Array, new: Array) -> Array:
+    r"""The running statistic after a step: :math:`\mu s + (1 - \mu) s_B` with the layer's momentum :math:`\mu`.
+
+    >>> import flax.linen as nn
+    >>> running_average(nn.BatchNorm(momentum=0.75), jnp.array([1.0]), jnp.array([3.0]))
+    Array([1.5], dtype=float32)
+    """
+    return layer.momentum * old + (1 - layer.momentum) * new

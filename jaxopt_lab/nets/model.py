@@ -3,16 +3,15 @@
 import functools
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 
 from jaxopt_lab.core.tree import flatten, is_compressed
-from jaxopt_lab.core.types import Array, PyTree
-from jaxopt_lab.nets.batch_statistics import moments, row_mask
+from jaxopt_lab.core.types import PyTree
+from jaxopt_lab.nets import linen_pair
 
-__all__ = ["Model", "from_functions", "from_linen", "from_nnx"]
+__all__ = ["Model", "check_model", "from_functions", "from_linen", "from_nnx", "predictor"]
 
 
 class Model(NamedTuple):
@@ -63,95 +62,28 @@ def _keywords(function: Callable) -> tuple[set[str], bool]:
 def from_linen(module: nn.Module) -> Model:
     """A Flax Linen module as a pair of pure functions.
 
-    The mode goes into whichever of `train`, `deterministic` and `use_running_average` the module's `__call__` names. Every
-    collection of random numbers (`dropout` or any other name) draws from the one `key`; Flax folds the layer's path and a count
-    into it. In training every `nn.BatchNorm` inside computes the statistics of the whole batch: all devices of `axis_name` (unless
-    the module names its own axis, which it keeps) and no padding.
+    The mode goes into whichever of `train`, `training`, `is_training`, `deterministic`, `use_running_average` and `update_stats`
+    the module's `__call__` names. A module that names none (`nn.Sequential`, or a block of one's own) is no obstacle: the modules
+    that it calls without a mode are told it in its stead. One that shall never train says so, in its constructor
+    (`nn.Dropout(0.5, deterministic=True)`) or where it is called (`self.backbone(x, train=False)`).
+
+    Every collection of random numbers (`dropout` or any other name) draws from the one `key`; Flax folds the layer's path and a
+    count into it. In training every `nn.BatchNorm` inside computes the statistics of the whole batch: all devices of `axis_name`
+    (unless the module names its own axis, which it keeps) and no padding.
 
     Args:
-      module: an unbound module; its `__call__` takes the inputs and, by keyword, the mode.
+      module: an unbound module; its `__call__` takes the inputs.
 
     Raises:
       TypeError: `module` is not a Linen module.
 
     >>> import jax
-    >>> model = from_linen(nn.Sequential([nn.Dense(3), nn.relu]))
+    >>> model = from_linen(nn.Sequential([nn.Dense(3), nn.BatchNorm(), nn.relu, nn.Dropout(0.5)]))
     >>> variables = model.init(jax.random.key(0), jax.numpy.ones((1, 2)))
     >>> model.predict(variables, jax.numpy.ones((5, 2))).shape
     (5, 3)
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(
-            f"from_linen takes a flax.linen module; got {type(module).__name__} (from_nnx and from_functions take others)"
-        )
-    names, _ = _keywords(type(module).__call__)
-
-    def mode(train: bool) -> dict[str, Any]:
-        values = {"train": train, "deterministic": not train, "use_running_average": not train}
-        return {name: value for name, value in values.items() if name in names}
-
-    def init(key, *inputs):
-        return module.init(key, *inputs, **mode(False))
-
-    def apply(variables, *inputs, train=False, key=None, axis_name=None, weight=None):
-        # Flax falls back on the "params" stream for any collection it was given no key for: one key serves every name.
-        rngs = {} if key is None else {"params": key}
-        state = _state(variables)
-        if not train:
-            return module.apply(variables, *inputs, rngs=rngs, mutable=False, **mode(False)), state
-        whole_batch = (
-            nullcontext() if axis_name is None and weight is None else nn.intercept_methods(_whole_batch(axis_name, weight))
-        )
-        with whole_batch:
-            outputs, new_state = module.apply(variables, *inputs, rngs=rngs, mutable=list(state), **mode(True))
-        return outputs, {**state, **new_state}
-
-    return _model(init, apply)
-
-
-def _whole_batch(axis_name: str | None, weight: Array | None):
-    """An interceptor that has `nn.BatchNorm` normalise by the statistics of the whole batch.
-
-    Flax's own synchronisation averages the devices' masked means, which is wrong once devices hold unequal numbers of unmasked
-    rows. So the statistics are computed here and handed over in the place of the running ones, which the layer then normalises by.
-    """
-
-    def interceptor(next_function, args, kwargs, context):
-        layer = context.module
-        if not isinstance(layer, nn.BatchNorm) or context.method_name != "__call__" or layer.is_initializing():
-            return next_function(*args, **kwargs)
-        call = inspect.signature(nn.BatchNorm.__call__).bind(layer, *args, **kwargs).arguments
-        given, fixed = call.get("use_running_average"), layer.use_running_average
-        if given or fixed:
-            return next_function(*args, **kwargs)
-        x, mask = call["x"], call.get("mask")
-        if weight is not None:
-            rows = row_mask(weight, x)
-            mask = rows if mask is None else rows & mask.astype(bool)
-        features = {axis % x.ndim for axis in (layer.axis if isinstance(layer.axis, (tuple, list)) else (layer.axis,))}
-        batch = moments(
-            x,
-            [axis for axis in range(x.ndim) if axis not in features],
-            mask=mask,
-            axis_name=layer.axis_name or axis_name,
-            axis_index_groups=layer.axis_index_groups,
-            fast=layer.use_fast_variance,
-        )
-        running = [layer.get_variable("batch_stats", name) for name in ("mean", "var")]
-        for name, value in zip(("mean", "var"), batch, strict=True):
-            layer.put_variable("batch_stats", name, value)
-        # A mode fixed in the constructor may not be given again in the call: it is put aside on the bound instance of this very
-        # call.
-        object.__setattr__(layer, "use_running_average", None)
-        try:
-            outputs = next_function(x, use_running_average=True)
-        finally:
-            object.__setattr__(layer, "use_running_average", fixed)
-        for name, old, new in zip(("mean", "var"), running, batch, strict=True):
-            layer.put_variable("batch_stats", name, layer.momentum * old + (1 - layer.momentum) * new)
-        return outputs
-
-    return interceptor
+    return _model(*linen_pair.pair(module))
 
 
 def from_nnx(module: Any) -> Model:
@@ -181,8 +113,8 @@ def from_functions(init: Callable[..., PyTree], apply: Callable[..., Any], *, st
 
     Args:
       init: `init(key, *inputs) -> params`.
-      apply: `apply(params, *inputs, ...) -> outputs`; of the keywords `train`, `key`, `axis_name` and `weight` it gets those that
-        its signature names.
+      apply: `apply(params, *inputs, ...) -> outputs`; of the keywords `train`, `key`, `axis_name` and `weight`, and the other
+        names that `from_linen` knows for the mode, it gets those that its signature names.
       stateful: `init` gives whole variables `{"params": ..., <state collections>}`, and `apply` takes them and returns
         `(outputs, new_state)`.
 
@@ -205,9 +137,51 @@ def from_functions(init: Callable[..., PyTree], apply: Callable[..., Any], *, st
     def whole_apply(variables, *inputs, train=False, key=None, axis_name=None, weight=None):
         given = {"train": train, "key": key, "axis_name": axis_name, "weight": weight}
         known = {name: value for name, value in given.items() if any_keyword or name in names}
+        known |= {name: value == train for name, value in linen_pair.MODES.items() if name in names}
         if not stateful:
             return apply(variables["params"], *inputs, **known), _state(variables)
         outputs, new_state = apply(variables, *inputs, **known)
         return outputs, new_state if train else _state(variables)
 
     return _model(whole_init, whole_apply)
+
+
+def check_model(model: Any) -> None:
+    """Raises a TypeError in one line, with the way out, unless `model` is a `Model`.
+
+    >>> check_model(nn.Dense(3))
+    Traceback (most recent call last):
+      ...
+    TypeError: model must be a Model; this Dense becomes one by nets.from_linen(model)
+    """
+    if not isinstance(model, Model):
+        raise TypeError(f"model must be a Model; this {type(model).__name__} becomes one by {_way(model)}")
+
+
+def predictor(model: Any) -> Callable[..., Any]:
+    """`predict(variables, *inputs) -> outputs`: that of a `Model`, or a function as it is.
+
+    Raises:
+      TypeError: `model` is a module of Flax, whose call takes no variables, or no function at all.
+
+    >>> predictor(lambda variables, x: x * variables)(2.0, 3.0)
+    6.0
+    """
+    if isinstance(model, Model):
+        return model.predict
+    if not callable(model) or _is_module(model):
+        raise TypeError(
+            f"model must be a Model or predict(variables, *inputs); this {type(model).__name__} becomes one by {_way(model)}"
+        )
+    return model
+
+
+def _is_module(model: Any) -> bool:
+    # Without importing NNX: whoever has a module of it has imported it.
+    return isinstance(model, nn.Module) or any(kind.__module__.startswith("flax.nnx") for kind in type(model).__mro__)
+
+
+def _way(model: Any) -> str:
+    if isinstance(model, nn.Module):
+        return "nets.from_linen(model)"
+    return "nets.from_nnx(model)" if _is_module(model) else "nets.from_functions(init, apply)"

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from jaxopt_lab.core.types import Array, PyTree
-from jaxopt_lab.nets.batch_statistics import moments, row_mask
+from jaxopt_lab.nets.batch_statistics import layer_moments, running_average
 
 __all__ = ["pair"]
 
@@ -92,23 +92,12 @@ class _WholeBatch(nnx.BatchNorm):
         running = self.use_running_average if use_running_average is None else use_running_average
         if running:
             return super().__call__(x, use_running_average=True)
-        if (weight := self._weight()) is not None:
-            rows = row_mask(weight, x)
-            mask = rows if mask is None else rows & mask.astype(bool)
-        features = {axis % x.ndim for axis in (self.axis if isinstance(self.axis, (tuple, list)) else (self.axis,))}
-        batch = moments(
-            x,
-            [axis for axis in range(x.ndim) if axis not in features],
-            mask=mask,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            fast=self.use_fast_variance,
-        )
+        batch = layer_moments(self, x, mask, weight=self._weight())
         kept = self.mean[...], self.var[...]
         self.mean[...], self.var[...] = batch
         outputs = super().__call__(x, use_running_average=True)
         for variable, old, new in zip((self.mean, self.var), kept, batch, strict=True):
-            variable[...] = self.momentum * old + (1 - self.momentum) * new
+            variable[...] = running_average(self, old, new)
         return outputs
 
 

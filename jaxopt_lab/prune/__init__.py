@@ -1,6 +1,6 @@
 """Pruning while training: criterion x distribution x pattern, and `sparsify`, which wraps any Optax optimiser."""
 
-from jaxopt_lab.prune.criteria import Criterion, magnitude, random, saliency
+from jaxopt_lab.prune.criteria import Criterion, layer_adaptive, magnitude, random, saliency
 from jaxopt_lab.prune.distributions import Distribution, erdos_renyi_kernel, global_, threshold, uniform
 from jaxopt_lab.prune.growth import Growth, gradient_growth, random_growth
 from jaxopt_lab.prune.inner import Moments, moments
@@ -26,6 +26,7 @@ __all__ = [
     "gradient_growth",
     "keep_largest",
     "kth_largest",
+    "layer_adaptive",
     "magnitude",
     "masks",
     "moments",

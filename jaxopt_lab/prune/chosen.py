@@ -38,9 +38,10 @@ class Chosen(NamedTuple):
         """Chooses the leaves, and refuses by name one that cannot be pruned."""
         paths, leaves, treedef = tree.flatten(params)
         flags = jax.tree.leaves(tree.select(params, where))
+        chosen = {i: tree.latent(leaves[i], paths[i]) for i, flag in enumerate(flags) if flag}
         # An empty leaf has nothing to cut.
-        positions = [i for i, flag in enumerate(flags) if flag and jnp.size(leaves[i])]
-        weights = [tree.latent(leaves[i], paths[i]) for i in positions]
+        positions = [i for i, weight in chosen.items() if jnp.size(weight)]
+        weights = [chosen[i] for i in positions]
         for i, weight in zip(positions, weights, strict=True):
             if not jnp.issubdtype(jnp.result_type(weight), jnp.floating) or jnp.ndim(weight) == 0:
                 raise TypeError(
@@ -92,9 +93,7 @@ class Chosen(NamedTuple):
         weights, gradients = jax.lax.stop_gradient((self.weights, list(gradients)))
         return [criterion.score(*row) for row in zip(self.paths, weights, gradients, strict=True)]
 
-    def growth(self, growth: Growth, gradients: Sequence[Array], count: Array) -> tuple[list[Array], Array]:
-        """What ranks each weight for coming back, and the fraction of live ones to exchange."""
+    def growth(self, growth: Growth, gradients: Sequence[Array], count: Array) -> list[Array]:
+        """What ranks each weight for coming back."""
         weights, gradients = jax.lax.stop_gradient((self.weights, list(gradients)))
-        scores = [growth.score(*row, count) for row in zip(self.paths, weights, gradients, strict=True)]
-        fraction = growth.fraction(count) if callable(growth.fraction) else growth.fraction
-        return scores, jnp.asarray(fraction, jnp.float32)
+        return [growth.score(*row, count) for row in zip(self.paths, weights, gradients, strict=True)]

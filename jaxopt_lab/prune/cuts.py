@@ -1,6 +1,7 @@
 """When masks change, and how many units stay then."""
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,8 @@ class Cuts(NamedTuple):
       fractions: the sparsity at each mask update, float64 `[updates]` on the host; None where it is traced or there is none.
       begin, end, every: the updates at which masks change.
       distribution, pattern: how the cut is shared, and which weights go together.
+      exchange: the fraction that growth exchanges, a number or a schedule; None without growth.
+      exchanges: that at each mask update, as `fractions` are kept.
     """
 
     sparsity: float | Schedule | None
@@ -37,6 +40,8 @@ class Cuts(NamedTuple):
     every: int
     distribution: Distribution
     pattern: Pattern
+    exchange: float | Schedule | None
+    exchanges: np.ndarray | None
 
     @classmethod
     def of(
@@ -47,13 +52,12 @@ class Cuts(NamedTuple):
         every: int,
         distribution: Distribution,
         pattern: Pattern,
+        growth: Growth | None = None,
     ) -> "Cuts":
-        """Checks the options against each other, and evaluates the sparsity at every mask update."""
+        """Checks the options against each other, and evaluates the schedules at every mask update."""
         for name, value in (("begin", begin), ("end", begin if end is None else end), ("every", every)):
             if not isinstance(value, (int, np.integer)):
                 raise TypeError(f"sparsify: {name} counts updates and must be an int; got {value!r}")
-        if isinstance(sparsity, str):
-            raise TypeError(f"sparsify: sparsity must be a number or a schedule; got {sparsity!r}")
         if every < 1 or begin < 0 or (end is not None and end < begin):
             raise ValueError(f"sparsify: needs 0 <= begin <= end and every >= 1; got begin={begin}, end={end}, every={every}")
         if (callable(sparsity) or callable(distribution.below)) and end is None:
@@ -63,18 +67,19 @@ class Cuts(NamedTuple):
         decided = pattern.fixed is not None or distribution.below is not None
         if decided and sparsity is not None:
             raise ValueError(f"sparsify: this pattern or threshold sets its own sparsity; drop sparsity={sparsity}")
+        if decided and growth is not None:
+            raise ValueError("sparsify: growth needs a sparsity; a fixed pattern or an absolute threshold leaves no room for it")
         if not decided and sparsity is None:
             raise ValueError("sparsify: give a sparsity from 0 to 1, or a schedule of one")
+        if end is None and (growth is not None or every != 1):
+            given = f"every={every}" if growth is None else "growth"
+            raise ValueError(f"sparsify: {given} needs `end`, the last update at which masks change: without it they change once")
         last = begin if end is None else end
-        fractions = None if sparsity is None else _on_host(sparsity, [*range(begin, last, every), last])
-        return cls(sparsity, fractions, begin, last, every, distribution, pattern)
-
-    def check_growth(self, growth: Growth) -> None:
-        """Refuses growth where no count decides, and a fraction that is none."""
-        if self.sparsity is None:
-            raise ValueError("sparsify: growth needs a sparsity; a fixed pattern or an absolute threshold leaves no room for it")
-        if not callable(growth.fraction) and not isinstance(growth.fraction, Tracer) and not 0 <= growth.fraction <= 1:
-            raise ValueError(f"sparsify: growth exchanges a fraction from 0 to 1; got {growth.fraction}")
+        steps = [*range(begin, last, every), last]
+        fractions = None if sparsity is None else _on_host("a sparsity is", sparsity, steps)
+        exchange = None if growth is None else growth.fraction
+        exchanges = None if growth is None else _on_host("growth exchanges", growth.fraction, steps)
+        return cls(sparsity, fractions, begin, last, every, distribution, pattern, exchange, exchanges)
 
     def due(self, count: Array) -> Array:
         """Whether masks change at the update numbered `count`."""
@@ -82,11 +87,11 @@ class Cuts(NamedTuple):
         return inside & (((count - self.begin) % self.every == 0) | (count == self.end))
 
     def masks(
-        self, scores: Sequence[Array], old: Sequence[Array], count: Array, growth: tuple[Sequence[Array], Array] | None = None
+        self, scores: Sequence[Array], old: Sequence[Array], count: Array, back: Sequence[Array] | None = None
     ) -> list[Array]:
         """The masks that the scores `[...]` of each leaf give at an update where masks change.
 
-        `growth` is the scores of each leaf for coming back, and the fraction of live units to exchange.
+        `back` is the scores of each leaf for coming back; None without growth.
         """
         # A cut weight ranks below every live one: otherwise a live weight that happens to be zero could change places with it.
         if self.pattern.fixed is not None:
@@ -96,24 +101,31 @@ class Cuts(NamedTuple):
         below, joint = self.distribution.below, self.distribution.joint
         if below is None:
             keep = self.keep([score.shape for score in scores], count)
-            kept = keep_largest(units, keep, joint=joint) if growth is None else self._exchanged(units, alive, keep, *growth)
+            kept = keep_largest(units, keep, joint=joint) if back is None else self._exchanged(units, alive, keep, back, count)
         else:
             tau = below(count) if callable(below) else below
-            kept = [unit >= tau for unit in units]
+            # NaN is not below anything: it stays, as it does where a count decides.
+            kept = [~(unit < tau) for unit in units]
         return [self.pattern.expand(unit, score.shape) for unit, score in zip(kept, scores, strict=True)]
 
     def _exchanged(
-        self, units: Sequence[Array], alive: Sequence[Array], keep: Array, growth: Sequence[Array], fraction: Array
+        self, units: Sequence[Array], alive: Sequence[Array], keep: Array, back: Sequence[Array], count: Array
     ) -> list[Array]:
         """Keeps the best of the live units, and fills up with those of the others that rank highest for coming back."""
         joint = self.distribution.joint
         live = jnp.stack([jnp.sum(units_alive, dtype=jnp.uint32) for units_alive in alive])
         live = jnp.sum(live, dtype=jnp.uint32)[None] if joint else live
-        staying = jnp.minimum(keep - jnp.round(fraction * keep).astype(jnp.uint32), live)
+        staying = jnp.minimum(keep - _share(self.exchanged(count), keep), live)
         kept = keep_largest(units, staying, joint=joint)
-        others = [jnp.where(mask, -jnp.inf, self.pattern.units(score)) for mask, score in zip(kept, growth, strict=True)]
-        back = keep_largest(others, keep - staying, joint=joint)
-        return [mask | new for mask, new in zip(kept, back, strict=True)]
+        others = [jnp.where(mask, -jnp.inf, self.pattern.units(score)) for mask, score in zip(kept, back, strict=True)]
+        returned = keep_largest(others, keep - staying, joint=joint)
+        return [mask | new for mask, new in zip(kept, returned, strict=True)]
+
+    def exchanged(self, count: Array) -> Array:
+        """The fraction of live units that growth exchanges at an update, float32 `[]`."""
+        if self.exchanges is None:
+            return jnp.asarray(self.exchange(count) if callable(self.exchange) else self.exchange, jnp.float32)
+        return jnp.asarray(self.exchanges, jnp.float32)[self._number(count)]
 
     def keep(self, shapes: Sequence[tuple[int, ...]], count: Array) -> Array:
         """How many units stay at an update: `[1]` over all leaves where they compete, else `[leaves]`."""
@@ -126,26 +138,41 @@ class Cuts(NamedTuple):
                 shares = jnp.stack(allocate(shapes, jnp.asarray(fraction, jnp.float32)))
             except jax.errors.ConcretizationTypeError as error:
                 raise ValueError("sparsify: this distribution is solved on the host and takes no traced sparsity") from error
-            return jnp.asarray(sizes, jnp.uint32) - jnp.round(shares * sizes.astype(np.float32)).astype(jnp.uint32)
+            units = jnp.asarray(sizes, jnp.uint32)
+            return units - _share(shares, units)
         if len(self.fractions) * len(sizes) > _LONGEST_TABLE:
             raise ValueError(
                 f"sparsify: {len(self.fractions)} mask updates of {len(sizes)} leaves are too many to plan; make `every` larger"
             )
         shares = np.array([allocate(shapes, fraction) for fraction in self.fractions.tolist()])
-        table = sizes - np.rint(shares * sizes).astype(np.int64)
+        table = sizes - np.rint(np.clip(shares, 0.0, 1.0) * sizes).astype(np.int64)
+        return jnp.asarray(table.astype(np.uint32))[self._number(count)]
+
+    def _number(self, count: Array) -> Array:
+        """Which mask update it is, from 0."""
         # The last update may come early, off the grid of `every`: hence the rounding up.
-        return jnp.asarray(table.astype(np.uint32))[(count - self.begin + self.every - 1) // self.every]
+        return (count - self.begin + self.every - 1) // self.every
 
 
-def _on_host(sparsity: float | Schedule, steps: Sequence[int]) -> np.ndarray | None:
+def _share(fraction: Array, whole: Array) -> Array:
+    """A fraction, clipped to 0 to 1, of numbers of units: uint32, never more than the whole."""
+    part = jnp.round(jnp.clip(fraction, 0.0, 1.0) * whole.astype(jnp.float32)).astype(jnp.uint32)
+    # Above 2**24 the whole may round up to a float32.
+    return jnp.minimum(part, whole)
+
+
+def _on_host(what: str, value: float | Schedule, steps: Sequence[int]) -> np.ndarray | None:
+    """The fraction at each step, float64; None where it is traced. `what` begins the message about one that is none."""
+    if not callable(value) and not isinstance(value, (Real, np.ndarray, jax.Array)):
+        raise TypeError(f"sparsify: {what} a fraction from 0 to 1 or a schedule of one; got {value!r}")
     with jax.ensure_compile_time_eval():
-        values = _evaluate(sparsity, steps) if callable(sparsity) else [sparsity] * len(steps)
+        values = _evaluate(value, steps) if callable(value) else [value] * len(steps)
     if any(isinstance(value, Tracer) for value in values):
         return None
     fractions = np.array([_decimal(value) for value in values])
     for step, fraction in zip(steps, fractions, strict=True):
         if not 0.0 <= fraction <= 1.0:
-            raise ValueError(f"sparsify: a sparsity is a fraction from 0 to 1; got {fraction} at update {step}")
+            raise ValueError(f"sparsify: {what} a fraction from 0 to 1; got {fraction} at update {step}")
     return fractions
 
 

@@ -2,8 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from jax.core import Tracer
 
 from jaxopt_lab.core.types import Schedule
@@ -18,7 +21,7 @@ class Distribution(NamedTuple):
 
     Attributes:
       allocate: `(shapes, sparsity) -> one sparsity a leaf`, or None where the leaves compete or an absolute threshold decides. It
-        must be plain Python: it runs on the host.
+        must be plain Python: it runs on the host. What it gives is clipped to 0 to 1.
       below: the absolute threshold under which a score is cut, a number or a schedule; None where a count decides.
     """
 
@@ -71,6 +74,7 @@ def threshold(tau: float | Schedule) -> Distribution:
       tau: in units of the criterion's score (of the weights themselves for `magnitude`), a number or a schedule.
 
     Raises:
+      TypeError: tau is neither a number nor a schedule.
       ValueError: tau is NaN.
 
     >>> threshold(1e-2).below
@@ -78,8 +82,10 @@ def threshold(tau: float | Schedule) -> Distribution:
 
     Source: Han et al., "Learning both weights and connections for efficient neural networks", 2015.
     """
+    if not callable(tau) and not isinstance(tau, (Real, np.ndarray, jax.Array)):
+        raise TypeError(f"threshold: tau must be a number or a schedule; got {tau!r}")
     if not callable(tau) and not isinstance(tau, Tracer) and math.isnan(tau):
-        raise ValueError("threshold: tau is NaN, and would cut everything; give a number")
+        raise ValueError("threshold: tau is NaN, and no score is below it; give a number")
     return Distribution(None, tau)
 
 

@@ -18,7 +18,8 @@ class Growth(NamedTuple):
     Attributes:
       score: `(path, weight [...], gradient [...], count []) -> scores [...]`; the largest of those not kept
         come back: at zero, or with its value where a weight was dropped at this very update.
-      fraction: of the live weights, the share that is exchanged at a mask update: a number from 0 to 1, or a schedule.
+      fraction: of the live weights, the share that is exchanged at a mask update: a number from 0 to 1, or a schedule of the
+        count of updates. A traced one is clipped.
     """
 
     score: Callable[[str, Array, Array, Array], Array]

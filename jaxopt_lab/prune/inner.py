@@ -8,7 +8,6 @@ left alone.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from jaxopt_lab.core import tree
@@ -77,11 +76,7 @@ def own_moments(inner_state: PyTree, shapes: Shapes) -> dict[str, tuple[str, Arr
 
 def with_moments(inner_state: PyTree, arrays: Mapping[str, Array]) -> PyTree:
     """The state with the arrays at the given paths replaced."""
-    paths, leaves, treedef = tree.flatten(inner_state)
-    changed = [
-        tree.replace_latent(leaf, arrays[path]) if path in arrays else leaf for path, leaf in zip(paths, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, changed)
+    return tree.replace_latents(inner_state, arrays)
 
 
 def _owner(path: str, shapes: Shapes) -> str | None:
@@ -99,6 +94,4 @@ def _is_moment(leaf: Any, shape: tuple[int, ...] | None) -> bool:
 
 
 def _latent_shape(leaf: Any) -> tuple[int, ...] | None:
-    if tree.is_compressed(leaf) and getattr(type(leaf), "latent", None) is None:
-        return None
-    return jnp.shape(tree.latent(leaf))
+    return jnp.shape(tree.latent(leaf)) if tree.has_latent(leaf) else None

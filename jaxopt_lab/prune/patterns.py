@@ -82,6 +82,8 @@ def block(rows: int, columns: int) -> Pattern:
 def n_of_m(n: int, m: int, *, axis: int = -2) -> Pattern:
     """Exactly `n` of every `m` consecutive weights stay: the N:M sparsity of sparse tensor cores (2:4).
 
+    The largest scores stay; of equal ones the first, and NaN counts as the largest, as in `kth_largest`.
+
     Args:
       n: how many stay, from 0 to m.
       m: the length of a group.
@@ -102,7 +104,7 @@ def n_of_m(n: int, m: int, *, axis: int = -2) -> Pattern:
     def fixed(scores: Array) -> Array:
         at = axis % scores.ndim
         groups = scores.reshape(*scores.shape[:at], scores.shape[at] // m, m, *scores.shape[at + 1 :])
-        order = jnp.argsort(-groups, axis=at + 1, stable=True)
+        order = jnp.argsort(groups, axis=at + 1, stable=True, descending=True)
         return (jnp.argsort(order, axis=at + 1) < n).reshape(scores.shape)
 
     def check(path: str, shape: tuple[int, ...]) -> None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxopt_lab.core import tree
 from jaxopt_lab.core.numerics import any_over_batch
 from jaxopt_lab.core.types import Array, PyTree
 
@@ -39,6 +40,7 @@ def kth_largest(scores: PyTree, k: Array | int) -> Array:
       The score, a scalar of the widest dtype among the leaves.
 
     Raises:
+      TypeError: a leaf is not floating; named by its path.
       ValueError: `k` is static and out of range, the tree is empty, or it holds 2**32 scores or more.
 
     >>> int(kth_largest({"a": jnp.array([3.0, 9.0]), "b": jnp.array([[5.0], [1.0]])}, 2))
@@ -46,7 +48,10 @@ def kth_largest(scores: PyTree, k: Array | int) -> Array:
 
     Source: Dowell and Jarratt, "A modified regula falsi method for computing the root of an equation", 1971 (the Illinois rule).
     """
-    leaves = [leaf for leaf in jax.tree.leaves(scores) if leaf.size]
+    paths, leaves, _ = tree.flatten(scores)
+    for path, leaf in zip(paths, leaves, strict=True):
+        _check_floating(f"kth_largest: {path or 'the array'}", leaf)
+    leaves = [jnp.asarray(leaf) for leaf in leaves if jnp.size(leaf)]
     total = _total(leaves)
     if isinstance(k, (int, np.integer)) and not 1 <= k <= total:
         raise ValueError(f"kth_largest: k must be from 1 to the number of scores, {total}; got {k}")
@@ -69,9 +74,15 @@ def keep_largest(scores: Sequence[Array], keep: Array, *, joint: bool) -> list[A
     Returns:
       A bool array for each array of scores.
 
+    Raises:
+      TypeError: an array is not floating.
+      ValueError: there are no scores, or 2**32 or more.
+
     >>> keep_largest([jnp.array([1.0, 2.0, 2.0, 2.0])], jnp.array([2]), joint=False)
     [Array([False,  True,  True, False], dtype=bool)]
     """
+    for i, score in enumerate(scores):
+        _check_floating(f"keep_largest: array {i}", score)
     _total(scores)
     keep = keep.astype(jnp.uint32)
     if joint:
@@ -159,6 +170,11 @@ def _keep(members: Sequence[Array], k: Array) -> list[Array]:
         (member >= found.high) | ((member >= found.low) & (index < bound) & (k > 0))
         for member, index in zip(members, _flat_indices(members), strict=True)
     ]
+
+
+def _check_floating(name: str, scores: Array) -> None:
+    if not jnp.issubdtype(jnp.result_type(scores), jnp.floating):
+        raise TypeError(f"{name} is {jnp.result_type(scores)}; scores must be floating: convert it")
 
 
 def _total(leaves: Sequence[Array]) -> int:

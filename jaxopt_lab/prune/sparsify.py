@@ -47,21 +47,22 @@ def sparsify(
     changes its updates once more, and they no longer land.
 
     The number of units cut is :math:`\mathrm{round}(s n)`, half to even, computed on the host in float64 (a sparsity that is
-    traced, under `vmap` over configurations say, is rounded in float32). Among equal scores the lowest flat index stays. A weight
-    that was cut scores below every live one, so without `growth` it comes back only if the schedule falls. Under `vmap` and
-    `grad` the mask update stays inside a `cond`. Sharded weights are never gathered, as long as the tiles of a
-    `block` pattern divide the shards.
+    traced, under `vmap` over configurations say, is clipped to 0 to 1 and rounded in float32, and so is a traced fraction of
+    growth). Among equal scores the lowest flat index stays, and a score of NaN ranks highest. A weight that was cut scores below
+    every live one, so without `growth` it comes back only if the schedule falls. Under `vmap` and `grad` the mask update stays
+    inside a `cond`. Sharded weights are never gathered, as long as the tiles of a `block` pattern divide the shards.
 
     Args:
       inner: any Optax optimiser; extra arguments of `update` (`value=`, ...) are passed on.
       sparsity: the fraction to cut, from 0 to 1 (1 cuts every weight): a number, or a schedule `count -> fraction`, which needs
-        `end`. A fixed pattern and an absolute threshold take none.
+        `end`. A fixed pattern and an absolute threshold take none. Traced values are clipped.
       begin, end, every: when masks change, counted in updates; without `end` they change once, at `begin`.
       criterion: how weights are ranked; `magnitude()` unless given.
       distribution: how the leaves share the cut; `global_()` unless given.
       pattern: which weights are cut together; `unstructured()` unless given.
       growth: at each mask update, exchanges a part of the live weights for others (dynamic sparse training), of which those
-        cut before start again at zero; none unless given. To start from a random mask, cut with `one_shot(random(key), ...)` first.
+        cut before start again at zero; none unless given. It needs `end`, and a schedule of its fraction is evaluated as that of
+        a sparsity is. To start from a random mask, cut with `one_shot(random(key), ...)` first.
       where: which leaves are pruned; floating arrays of one axis or more.
       packed: keep masks at one bit a weight instead of one byte.
 
@@ -69,9 +70,10 @@ def sparsify(
       A transformation whose state is a `SparsifyState`; `masks(opt_state)` reads it.
 
     Raises:
-      ValueError: a sparsity outside 0 to 1, inconsistent times or options, a selector that matches nothing, a pattern that does
-        not fit a leaf, a gradient that has not its weight's shape.
-      TypeError: a selected leaf that is not floating, or is compressed without a latent weight; named by its path.
+      ValueError: a sparsity or a fraction of growth outside 0 to 1, inconsistent times or options, a selector that matches
+        nothing, a pattern that does not fit a leaf, a gradient that has not its weight's shape.
+      TypeError: `inner` is no optimiser; a selected leaf that is not floating, or is compressed without a latent weight, named by
+        its path.
 
     >>> params = {"kernel": jnp.array([0.1, -2.0, 0.3, 4.0]), "bias": jnp.ones(1)}
     >>> tx = sparsify(optax.adamw(1e-3), 0.5, where="kernel")
@@ -81,13 +83,13 @@ def sparsify(
 
     Source: Zhu and Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model compression", 2017.
     """
+    if not all(callable(getattr(inner, name, None)) for name in ("init", "update")):
+        raise TypeError(f"sparsify: the optimiser comes first and then the sparsity, sparsify(optax.sgd(0.1), 0.9); got {inner!r}")
     criterion = magnitude() if criterion is None else criterion
     distribution = global_() if distribution is None else distribution
     pattern = unstructured() if pattern is None else pattern
     _check_parts(criterion=criterion, distribution=distribution, pattern=pattern, growth=growth)
-    cuts = Cuts.of(sparsity, begin, end, every, distribution, pattern)
-    if growth is not None:
-        cuts.check_growth(growth)
+    cuts = Cuts.of(sparsity, begin, end, every, distribution, pattern, growth)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> SparsifyState:

@@ -157,8 +157,11 @@ def sparsity(params: PyTree, where: Where = "**/kernel") -> Sparsity:
     r"""The fraction of weights that are exactly zero, per leaf and in all: :math:`|\{i : w_i = 0\}| / n`.
 
     Args:
-      params: any tree; a compressed leaf is counted as the weight it stands for.
+      params: any tree; a compressed leaf is counted as the weight it stands for, and an empty one is left out.
       where: which leaves are counted; those that `sparsify` prunes by default.
+
+    Raises:
+      ValueError: nothing matches `where`, or only empty leaves do.
 
     >>> sparsity({"a": {"kernel": jnp.array([0.0, 0.0, 1.0, 2.0])}}).total
     Array(0.5, dtype=float32)
@@ -167,6 +170,10 @@ def sparsity(params: PyTree, where: Where = "**/kernel") -> Sparsity:
         path: leaf.materialise() if tree.is_compressed(leaf) else jnp.asarray(leaf)
         for path, leaf in tree.selected(params, where).items()
     }
+    empty = [path for path, leaf in chosen.items() if not leaf.size]
+    if len(empty) == len(chosen):
+        raise ValueError(f"prune.sparsity: every chosen leaf is empty ({', '.join(empty)}); choose others by `where`")
+    chosen = {path: leaf for path, leaf in chosen.items() if leaf.size}
     zeros = {path: jnp.mean(leaf == 0, dtype=jnp.float32) for path, leaf in chosen.items()}
     weights = sum(leaf.size for leaf in chosen.values())
     # Shares of the whole rather than counts: float32 holds no integer above 2**24.

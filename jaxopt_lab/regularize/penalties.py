@@ -1,9 +1,9 @@
 r"""Penalties: functions of a parameter tree that give one float32 scalar, to be added to a loss.
 
-Each takes `where`, which chooses leaves (see `core.tree.select`); a compressed leaf is penalised through its latent weight.
-Sums are taken in at least float32, and every gradient is finite: where a penalty has a corner, it is one of its subgradients.
-The matrix penalties see a weight `[..., outputs]` as the matrix :math:`W` of shape `[inputs, outputs]`, convolution kernels
-included, and choose all leaves of two or more axes (`matrices`) unless told otherwise.
+Each takes `where` after the tree, which chooses leaves (see `core.tree.select`), and all else by keyword; a compressed leaf is
+penalised through its latent weight. Sums are taken in at least float32, and every gradient is finite: where a penalty has a
+corner, it is one of its subgradients. The matrix penalties see a weight `[..., outputs]` as the matrix :math:`W` of shape
+`[inputs, outputs]`, convolution kernels included, and choose all leaves of two or more axes (`matrices`) unless told otherwise.
 """
 
 from collections.abc import Callable
@@ -81,7 +81,7 @@ def l2(params: PyTree, where: Where = "**") -> Array:
     return _sum(lambda w: jnp.sum(w * w) / 2, params, where)
 
 
-def elastic_net(params: PyTree, l1: ArrayLike = 1.0, l2: ArrayLike = 1.0, where: Where = "**") -> Array:
+def elastic_net(params: PyTree, where: Where = "**", *, l1: ArrayLike = 1.0, l2: ArrayLike = 1.0) -> Array:
     r"""A mixture of the two: sparse like L1, but stable where weights are correlated.
 
     .. math:: R(w) = \lambda_1 \sum_i |w_i| + \frac{\lambda_2}{2} \sum_i w_i^2, \qquad
@@ -89,9 +89,9 @@ def elastic_net(params: PyTree, l1: ArrayLike = 1.0, l2: ArrayLike = 1.0, where:
 
     Args:
       params: a tree of weights of any shapes.
+      where: the leaves that count.
       l1: the strength :math:`\lambda_1`.
       l2: the strength :math:`\lambda_2`.
-      where: the leaves that count.
 
     Returns:
       A scalar.
@@ -112,7 +112,7 @@ def elastic_net(params: PyTree, l1: ArrayLike = 1.0, l2: ArrayLike = 1.0, where:
     return _sum(penalty, params, where)
 
 
-def group_lasso(params: PyTree, axis: int = -1, where: Where = matrices) -> Array:
+def group_lasso(params: PyTree, where: Where = matrices, *, axis: int = -1) -> Array:
     r"""The sum of the norms of groups, which drives whole units to zero together.
 
     .. math:: R(w) = \sum_g \sqrt{n_g}\, \lVert w_g \rVert_2, \qquad
@@ -123,8 +123,8 @@ def group_lasso(params: PyTree, axis: int = -1, where: Where = matrices) -> Arra
 
     Args:
       params: a tree of weights.
-      axis: the axis that numbers the groups, in every chosen leaf.
       where: the leaves that count; all of two or more axes by default.
+      axis: the axis that numbers the groups, in every chosen leaf.
 
     Returns:
       A scalar.

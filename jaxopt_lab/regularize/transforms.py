@@ -2,7 +2,8 @@
 
 `add_penalty` and its short forms add the (sub)gradient of a penalty: put them before the optimiser to let it scale the pull as
 part of the gradient, or after it, before the learning rate, for decoupled decay. `proximal` and `projected` stand last, after the
-learning rate: they rewrite the update so that whatever applies it lands on the operator's value.
+learning rate: they rewrite the update so that whatever applies it lands on the operator's value: exactly for zeros, otherwise to
+one rounding of the larger of the old and the new weight (see `core.numerics.land`).
 """
 
 from collections.abc import Callable
@@ -11,12 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxopt_lab.core import numerics, tree
+from jaxopt_lab.core.checks import require
 from jaxopt_lab.core.numerics import wide
 from jaxopt_lab.core.types import Array, PyTree, Schedule, Where
 from jaxopt_lab.regularize import penalties
@@ -70,12 +70,12 @@ def add_penalty(penalty: Callable[[PyTree], Array], strength: ArrayLike | Schedu
         rate, state = _values(state, strength)
 
         def penalised(weights: dict[str, Array]) -> Array:
-            return penalty(_with_latents(params, weights))
+            return penalty(tree.replace_latents(params, weights))
 
         weights, moves = _pairs(params, updates, _differentiable, "add_penalty")
         gradient = jax.grad(penalised)(weights)
         pulled = {path: (wide(u) + rate * wide(gradient[path])).astype(u.dtype) for path, u in moves.items()}
-        return _with_latents(updates, pulled), state
+        return tree.replace_latents(updates, pulled), state
 
     return optax.GradientTransformationExtraArgs(_init(strength), update)
 
@@ -146,7 +146,7 @@ def add_elastic_net(
 
 
 def add_group_lasso(
-    strength: ArrayLike | Schedule, axis: int = -1, where: Where = penalties.matrices
+    strength: ArrayLike | Schedule, where: Where = penalties.matrices, *, axis: int = -1
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds the subgradient of `group_lasso`, which pulls whole output units towards zero; a unit at zero is left there.
 
@@ -154,8 +154,8 @@ def add_group_lasso(
 
     Args:
       strength: :math:`\lambda`, a number of at least 0 or a schedule.
-      axis: the axis that numbers the groups.
       where: the leaves that are penalised; all of two or more axes by default.
+      axis: the axis that numbers the groups.
 
     Raises:
       ValueError: as `add_penalty` and `group_lasso` do.
@@ -181,7 +181,8 @@ def proximal(
 
     Behind plain SGD this is proximal gradient descent (ISTA). Behind an adaptive method the operator keeps the plain geometry, as
     is common: the step is that of the learning rate, the same for every weight. What the operator cuts is exactly 0.0 after
-    `optax.apply_updates`; other leaves' updates pass through untouched.
+    `optax.apply_updates`, and the rest misses its value by one rounding of the larger of the old and the new weight at most; other
+    leaves' updates pass through untouched.
 
     Args:
       prox: `(x, t) -> x` on one array: `prox.soft_threshold`, `functools.partial(prox.group_lasso, axis=0)`, or your own.
@@ -233,6 +234,9 @@ def projected(project: Callable[[Array], Array], where: Where = "**") -> optax.G
 
     .. math:: w + u' = P(w + u)
 
+    Exactly for zeros; elsewhere a weight may end outside the set (a box, a ball) by one rounding of its old magnitude, which a
+    weight that shrinks a thousandfold will see.
+
     Args:
       project: `x -> x` on one array: `prox.nonnegative`, `functools.partial(prox.max_norm, limit=3.0)`, or your own.
       where: the leaves it acts on; a compressed leaf lands in its latent weight.
@@ -273,15 +277,13 @@ def _landed(project: Callable[[Array], Array], updates: PyTree, params: PyTree, 
                 raise ValueError(f"{path} has shape {jnp.shape(w)} and {name} was given {jnp.shape(landed[path])} to land on")
         return landed
 
-    return _with_latents(updates, numerics.landing(project_each, weights, moves))
+    return tree.replace_latents(updates, numerics.landing(project_each, weights, moves))
 
 
 def _differentiable(path: str, leaf: Any) -> bool:
     """Whether the leaf has a floating weight that a gradient can move."""
     del path
-    if tree.is_compressed(leaf) and getattr(type(leaf), "latent", None) is None:
-        return False
-    return jnp.issubdtype(jnp.result_type(tree.latent(leaf)), jnp.floating)
+    return tree.has_latent(leaf) and jnp.issubdtype(jnp.result_type(tree.latent(leaf)), jnp.floating)
 
 
 def _pairs(
@@ -305,15 +307,6 @@ def _pairs(
     return weights, changes
 
 
-def _with_latents(values: PyTree, latents: dict[str, Array]) -> PyTree:
-    """`values` with the (latent) arrays at the given paths replaced."""
-    paths, leaves, treedef = tree.flatten(values)
-    replaced = [
-        tree.replace_latent(leaf, latents[path]) if path in latents else leaf for path, leaf in zip(paths, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, replaced)
-
-
 def _init(*numbers: ArrayLike | Schedule) -> optax.TransformInitFn:
     def init(params: PyTree) -> CountState | optax.EmptyState:
         del params
@@ -330,7 +323,5 @@ def _values(state: Any, *numbers: ArrayLike | Schedule) -> tuple[Any, ...]:
 
 
 def _check_strength(name: str, strength: ArrayLike | Schedule) -> None:
-    if callable(strength) or isinstance(strength, Tracer):
-        return
-    if not np.all(np.asarray(strength) >= 0):
-        raise ValueError(f"{name} must be at least 0; got {strength}")
+    if not callable(strength):
+        require(lambda strength: strength >= 0, "be at least 0", **{name: strength})

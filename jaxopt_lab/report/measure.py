@@ -16,7 +16,9 @@ import numpy as np
 
 from jaxopt_lab.core import tree
 from jaxopt_lab.core.types import PyTree
-from jaxopt_lab.train import evaluate
+from jaxopt_lab.nets.model import Model, predictor
+from jaxopt_lab.train import State, evaluate
+from jaxopt_lab.train import variables as variables_of
 
 __all__ = ["Stage", "accuracy_interval", "directory_bytes", "latency", "measure"]
 
@@ -128,8 +130,8 @@ def directory_bytes(path: str | Path) -> int:
 
 def measure(
     name: str,
-    predict: Callable[..., Any],
-    variables: PyTree,
+    model: Model | Callable[..., Any],
+    state: State | PyTree,
     arrays: Mapping[str, Any],
     *,
     directory: str | Path | None = None,
@@ -144,8 +146,8 @@ def measure(
 
     Args:
       name: what the report calls the stage.
-      predict: `predict(variables, x) -> logits [B, K]`, such as `model.predict`; compiled here, and lifted over compressed leaves.
-      variables: `{"params": ..., <state collections>}`, or the parameters alone.
+      model: a `Model`, or `predict(variables, x) -> logits [B, K]`; compiled here, and lifted over compressed leaves.
+      state: a training state, the variables `{"params": ..., <state collections>}`, or the parameters alone.
       arrays: held-out data: `{"x": [N, ...], "y": [N] integers}`.
       directory: where this stage was saved.
       seconds: how long its training took.
@@ -153,12 +155,19 @@ def measure(
       batch_sizes: those at which a call is timed; the data is repeated where it has fewer examples.
       repeats: calls timed at each.
 
+    Raises:
+      TypeError: as `train.evaluate`.
+      ValueError: `arrays` lacks "x" or "y".
+
     >>> predict = lambda variables, x: x @ variables["params"]["w"]
     >>> arrays = {"x": np.eye(2, dtype=np.float32), "y": np.array([0, 0])}
     >>> stage = measure("dense", predict, {"params": {"w": jnp.array([[1.0, 0.0], [0.0, 2.0]])}}, arrays, repeats=1)
     >>> stage.accuracy, stage.parameters, stage.nonzeros, stage.array_bytes
     (0.5, 4, 2, 16)
     """
+    if missing := [f'"{key}"' for key in ("x", "y") if key not in arrays]:
+        raise ValueError(f'arrays must hold the labels "y" of the inputs "x"; they lack {" and ".join(missing)}')
+    predict, variables = predictor(model), variables_of(state) if isinstance(state, State) else state
     examples = len(arrays["y"])
     found = evaluate(predict, variables, {"x": arrays["x"], "y": arrays["y"]})
     correct = round(found["accuracy"] * examples)

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxopt_lab.report.files import write
 from jaxopt_lab.report.measure import Stage
-from jaxopt_lab.train.record import finite
+from jaxopt_lab.train.files import finite, write
 
 __all__ = ["from_json", "markdown", "table", "to_json"]
 

@@ -7,11 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from jaxopt_lab.core.types import Schedule
 
-__all__ = ["backend", "between", "fraction", "hosted", "require", "safe_power"]
+__all__ = ["backend", "between", "fraction", "hosted", "safe_power"]
 
 
 def backend(*values: Any) -> ModuleType:
@@ -65,19 +64,3 @@ def safe_power(xp: ModuleType, base: Any, exponent: Any) -> Any:
     """
     positive = base > 0
     return xp.where(positive, xp.where(positive, base, 1.0) ** exponent, 0.0)
-
-
-def require(holds: Callable[..., Any], must: str, **values: Any) -> None:
-    """Raises a one-line ValueError unless `holds(*values)`; traced values are taken on trust.
-
-    >>> require(lambda steps: steps > 0, "be positive", steps=-1)
-    Traceback (most recent call last):
-      ...
-    ValueError: steps must be positive; got steps=-1
-    """
-    if any(isinstance(value, Tracer) for value in values.values()):
-        return
-    if not np.all(holds(*(np.asarray(value) for value in values.values()))):
-        names = " and ".join(values)
-        shown = ", ".join(f"{name}={value!r}" for name, value in values.items())
-        raise ValueError(f"{names} must {must}; got {shown}")

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxopt_lab.core.checks import require
 from jaxopt_lab.core.types import Schedule
-from jaxopt_lab.schedules._host import backend, hosted, require
+from jaxopt_lab.schedules._host import backend, hosted
 
 __all__ = [
     "BatchPlan",

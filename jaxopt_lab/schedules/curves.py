@@ -12,8 +12,9 @@ from typing import Any
 
 from jax.typing import ArrayLike
 
+from jaxopt_lab.core.checks import require
 from jaxopt_lab.core.types import Schedule
-from jaxopt_lab.schedules._host import backend, between, fraction, hosted, require, safe_power
+from jaxopt_lab.schedules._host import backend, between, fraction, hosted, safe_power
 
 __all__ = [
     "constant",

@@ -2,8 +2,9 @@
 
 from jax.typing import ArrayLike
 
+from jaxopt_lab.core.checks import require
 from jaxopt_lab.core.types import Schedule
-from jaxopt_lab.schedules._host import between, fraction, hosted, require
+from jaxopt_lab.schedules._host import between, fraction, hosted
 
 __all__ = ["cubic"]
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_lab.core.rows import count_rows, pad_rows
+from jaxopt_lab.core.rows import count_rows, inputs, pad_rows
 from jaxopt_lab.core.tree import any_compressed
 from jaxopt_lab.core.types import Array, PyTree
 from jaxopt_lab.losses import accuracy, per_example
-from jaxopt_lab.nets import Model
+from jaxopt_lab.nets.model import Model, predictor
 from jaxopt_lab.train.state import State, variables
 
 __all__ = ["evaluate"]
@@ -42,6 +42,7 @@ def evaluate(
         compilation; it is kept while `model` and the metrics are the same objects.
 
     Raises:
+      TypeError: `model` is a module of Flax (`nets.from_linen` and `nets.from_nnx` make it a model) or no function.
       ValueError: there is no "x", no data, or a metric is not `[B]`.
 
     >>> predict = lambda variables, x: x * variables["params"]
@@ -51,7 +52,7 @@ def evaluate(
     0.6667
     """
     whole = variables(state) if isinstance(state, State) else state
-    predict = model.predict if isinstance(model, Model) else model
+    predict = predictor(model)
     chosen = tuple((metrics or _ACCURACY).items())
     sums = _summing(predict, chosen, any_compressed(whole))
     totals = [sums(whole, batch) for batch in _padded(data, batch_size)]
@@ -74,8 +75,7 @@ def _summing(predict: Callable, metrics: tuple[tuple[str, Metric], ...], stored:
     @jax.jit
     def sums(whole, batch):
         weight = batch["weight"].astype(jnp.float32)
-        inputs = batch["x"] if isinstance(batch["x"], tuple) else (batch["x"],)
-        outputs = predict(whole, *inputs)
+        outputs = predict(whole, *inputs(batch))
         values = [metric(outputs, batch) for _, metric in metrics]
         for (name, _), value in zip(metrics, values, strict=True):
             if jnp.shape(value) != weight.shape:

@@ -67,10 +67,11 @@ def fit(
       step: a pure `(state, batch) -> (state, metrics)`, of `make_step` or `parallel.pmap` or of one's own; the state has a field
         `step`. It is compiled once for as long as it is the same object.
       state: where to start; it is copied and stays usable.
-      batches: `batches(step) -> batch`, asked for the steps `state.step ... state.step + steps - 1`. Its method `stack(step, k)`,
-        if it has one, gives the batches of up to `k` steps as arrays `[k, B, ...]`.
+      batches: `batches(step) -> batch`, asked once for each of the steps `state.step ... state.step + steps - 1`. Its method
+        `stack(step, k)`, if it has one, gives the batches of up to `k` steps as arrays `[k, B, ...]`.
       steps: how many steps to take now.
-      evaluate: `state -> {name: float}`; called every `evaluate_every` steps, if given, and after the last one.
+      evaluate: `state -> {name: float}`; called with a copy of the state every `evaluate_every` steps, if given, and after the last
+        one.
       evaluate_every: counted in `state.step`, like all the periods here.
       stop: ends the run early, and returns the best state; needs `evaluate` and `evaluate_every`.
       save: called with a copy of the state every `save_every` steps, if given, and after the last one.
@@ -84,6 +85,7 @@ def fit(
       A `Result`: `state`, `history`, `chunk`.
 
     Raises:
+      TypeError: `batches` is no function of the step.
       ValueError, OSError, RuntimeError: `batches` failed; the message names the step. Any other error of it is a RuntimeError.
       ValueError: a period below 1, or `stop` without what it needs.
 
@@ -95,16 +97,8 @@ def fit(
     >>> float(result.state.params), result.history
     (10.0, [{'step': 2, 'sum': 0.0}, {'step': 4, 'sum': 3.0}])
     """
-    periods = {
-        "steps": steps + 1,
-        "evaluate_every": evaluate_every,
-        "save_every": save_every,
-        "log_every": log_every,
-        "chunk": chunk,
-    }
-    for name, period in periods.items():
-        if period is not None and period < 1:
-            raise ValueError(f"{name} must be at least {int(name != 'steps')}; got {period - (name == 'steps')}")
+    _check_batches(batches)
+    _check_periods(steps=steps, evaluate_every=evaluate_every, save_every=save_every, log_every=log_every, chunk=chunk)
     if stop is not None and (evaluate is None or evaluate_every is None):
         raise ValueError(f"stopping early on {stop.monitor!r} needs evaluate= and evaluate_every=")
     state = _owned(step, state)
@@ -121,7 +115,8 @@ def fit(
             loop.advance(until, pace or 1)
             if evaluate is not None and _due(loop.at, evaluate_every, last):
                 loop.flush()
-                found = {name: float(value) for name, value in evaluate(loop.state).items()}
+                # A copy, as for `save`: whoever keeps the state finds it whole when the loop has donated its own.
+                found = {name: float(value) for name, value in evaluate(_copied(loop.state)).items()}
                 loop.keep({"step": loop.at, **found})
                 if stop is not None:
                     if stop.monitor not in found:
@@ -137,6 +132,21 @@ def fit(
                 break
         loop.flush()
     return Result(loop.state if best is None else best_state, loop.history, pace or 1)
+
+
+def _check_batches(batches: Any) -> None:
+    if not callable(batches):
+        raise TypeError(
+            f"batches must be a function batches(step) -> batch; got {type(batches).__name__}, and of a list that is "
+            "lambda step: batches[step % len(batches)]"
+        )
+
+
+def _check_periods(**periods: int | None) -> None:
+    for name, period in periods.items():
+        least = int(name != "steps")
+        if period is not None and period < least:
+            raise ValueError(f"{name} must be at least {least}; got {period}")
 
 
 def _next(at: int, period: int) -> int:
@@ -181,6 +191,7 @@ class _Loop:
         self.state, self.at, self.history = state, int(state.step), []
         self._one, self._many = _compiled(step)
         self._batches, self._log_every, self._metrics, self._shown = batches, log_every, metrics, shown
+        self._ahead: tuple[int, dict] | None = None
         self._in_flight: deque[tuple[int, int | None, dict]] = deque()
         self._refreshed = time.perf_counter()
 
@@ -271,6 +282,9 @@ class _Loop:
         self._shown.show(record)
 
     def _batch(self, step: int) -> dict:
+        if self._ahead is not None and self._ahead[0] == step:
+            (_, batch), self._ahead = self._ahead, None
+            return batch
         try:
             return self._batches(step)
         except Exception as error:
@@ -289,6 +303,8 @@ class _Loop:
         while len(each) < count:
             batch = self._batch(self.at + len(each))
             if jax.tree.map(np.shape, batch) != shapes:
+                # Of another size: it is the first of the next stack, and a function of one's own is not asked for it twice.
+                self._ahead = (self.at + len(each), batch)
                 break
             each.append(batch)
         return jax.tree.map(lambda *leaves: np.stack(leaves), *each), len(each)

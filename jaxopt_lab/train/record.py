@@ -4,29 +4,35 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-__all__ = ["EarlyStopping", "Metrics", "Progress", "finite"]
+from jaxopt_lab.train.files import finite, write
+
+__all__ = ["EarlyStopping", "Metrics", "Progress"]
 
 
-class EarlyStopping(NamedTuple):
+@dataclass(frozen=True)
+class EarlyStopping:
     """Ends a run once a metric has not improved for a while; `fit` then returns the best state, not the last.
 
     Attributes:
       monitor: the name of a metric that `evaluate` returns.
       patience: how many evaluations in a row may pass without an improvement.
-      maximise: whether more is better.
+      maximise: whether more is better (an accuracy) or less (a loss); by keyword, and never guessed.
       min_delta: by how much a value must beat the best one to count as an improvement.
 
-    >>> EarlyStopping("accuracy", patience=3).improves(0.9, 0.8)
+    >>> EarlyStopping("accuracy", patience=3, maximise=True).improves(0.9, 0.8)
     True
+    >>> EarlyStopping("loss", patience=3, maximise=False).improves(0.9, 0.8)
+    False
     """
 
     monitor: str
     patience: int
-    maximise: bool = True
+    _: KW_ONLY
+    maximise: bool
     min_delta: float = 0.0
 
     def improves(self, value: float, best: float | None) -> bool:
@@ -57,12 +63,8 @@ class Metrics:
         if directory is None:
             return
         path = Path(directory) / "metrics.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in path.read_text().splitlines() if _step(line) <= step] if path.exists() else []
-        beside = path.with_suffix(".tmp")
-        beside.write_text("".join(line + "\n" for line in kept))
-        os.replace(beside, path)
-        self._file = path.open("a")
+        self._file = write(path, "".join(line + "\n" for line in kept).encode()).open("a")
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one record and flushes it."""
@@ -76,19 +78,6 @@ class Metrics:
     def __exit__(self, *_) -> None:
         if self._file is not None:
             self._file.close()
-
-
-def finite(value: Any) -> Any:
-    """`value` with every number that JSON cannot write replaced by None, however deep in dicts, lists and tuples.
-
-    >>> finite({"loss": [1.0, float("nan")], "norms": (float("inf"), 2)})
-    {'loss': [1.0, None], 'norms': [None, 2]}
-    """
-    if isinstance(value, Mapping):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step(line: str) -> float:

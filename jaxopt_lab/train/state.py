@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxopt_lab.core.rows import inputs as inputs_of
 from jaxopt_lab.core.tree import any_compressed
 from jaxopt_lab.core.types import Array, PyTree
-from jaxopt_lab.nets import Model
+from jaxopt_lab.nets.model import Model, check_model
 
-__all__ = ["State", "init", "variables"]
+__all__ = ["State", "init", "on_leaves", "variables"]
 
 
 class State(NamedTuple):
@@ -42,7 +43,7 @@ def init(model: Model, tx: optax.GradientTransformation, key: Array, example: An
       variables: start from these instead of drawing any (pretrained, pruned or compressed ones).
 
     Raises:
-      TypeError: `key` is not a typed key.
+      TypeError: `model` is not a `Model`, or `key` is not a typed key.
       ValueError: `variables` has no "params", or a batch has no "x".
 
     >>> from jaxopt_lab import nets
@@ -50,24 +51,17 @@ def init(model: Model, tx: optax.GradientTransformation, key: Array, example: An
     >>> int(state.step), jax.tree.map(jnp.shape, state.params)
     (0, {'Dense_0': {'bias': (10,), 'kernel': (4, 10)}})
     """
+    check_model(model)
     if not jnp.issubdtype(getattr(key, "dtype", float), jax.dtypes.prng_key):
         raise TypeError(f"key must be a typed key, as jax.random.key(seed) gives; got {getattr(key, 'dtype', type(key).__name__)}")
-    if isinstance(example, dict):
-        if "x" not in example:
-            raise ValueError(f'example is a batch without "x"; it has {", ".join(map(str, example))}')
-        example = example["x"]
-    inputs = example if isinstance(example, tuple) else (example,)
+    inputs = inputs_of(example if isinstance(example, dict) else {"x": example})
     init_key, key = jax.random.split(key)
     whole: dict[str, PyTree] = jax.jit(model.init)(init_key, *inputs) if variables is None else variables
     if "params" not in whole:
         raise ValueError(f'variables must have the entry "params"; they have {", ".join(map(str, whole))}')
     params = whole["params"]
-    if any_compressed(params):
-        from jaxopt_lab import compress
-
-        tx = compress.optimizer(tx)
     model_state = {name: value for name, value in whole.items() if name != "params"}
-    return State(params, model_state, tx.init(params), jnp.int32(0), key)
+    return State(params, model_state, on_leaves(tx, params).init(params), jnp.int32(0), key)
 
 
 def variables(state: State) -> PyTree:
@@ -77,3 +71,21 @@ def variables(state: State) -> PyTree:
     {'params': {'w': 1.0}, 'batch_stats': 2.0}
     """
     return {"params": state.params, **state.model_state}
+
+
+def on_leaves(tx: optax.GradientTransformation, params: PyTree) -> optax.GradientTransformationExtraArgs:
+    """The optimiser as it acts on these parameters: through `compress.optimizer` where some of them are compressed leaves.
+
+    Extra arguments of `update` reach it as they are, also where its class does not say that it takes any (`optax.MultiSteps`).
+
+    >>> tx = on_leaves(optax.sgd(0.5), {"w": 1.0})
+    >>> tx.update({"w": 1.0}, tx.init({"w": 1.0}))[0]
+    {'w': -0.5}
+    """
+    if not isinstance(tx, optax.GradientTransformationExtraArgs):
+        tx = optax.GradientTransformationExtraArgs(tx.init, tx.update)
+    if not any_compressed(params):
+        return tx
+    from jaxopt_lab import compress
+
+    return compress.optimizer(tx)

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from jaxopt_lab.core.random import rows_key
-from jaxopt_lab.core.tree import any_compressed, flatten
+from jaxopt_lab.core.rows import inputs as inputs_of
+from jaxopt_lab.core.tree import any_compressed, flatten, paths
 from jaxopt_lab.core.types import Array, PyTree
-from jaxopt_lab.nets import Model
-from jaxopt_lab.train.state import State
+from jaxopt_lab.nets.model import Model, check_model
+from jaxopt_lab.train.state import State, on_leaves
 
 __all__ = ["Step", "make_step"]
 
@@ -39,17 +40,27 @@ class Step:
     axis_name: str | None = None
 
     def __call__(self, state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
+        tx = on_leaves(self.tx, state.params)
+        _check_state(tx, state)
+        differentiate = self._objective(state, batch)
+        (value, (metrics, model_state)), grads = differentiate(state.params)
+        extra = {"value": value, "grad": grads, "value_fn": _value_fn(differentiate, state.params)}
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, **_taken(self.tx.update, extra))
+        _check_shapes(state.params, updates)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {name: metric.astype(jnp.float32) for name, metric in metrics.items()}
+        return State(params, model_state, opt_state, state.step + 1, state.key), metrics
+
+    def _objective(self, state: State, batch: Batch) -> Callable[[PyTree], tuple[tuple[Array, tuple[dict, PyTree]], PyTree]]:
+        """`params -> ((value, (metrics, model_state)), gradient)` on a batch: the mean over all devices, and the penalty."""
         inputs, weight, rows = _read(batch)
         key = self._key(state, rows)
         stored = any_compressed(state.params)
-        apply, tx = self.model.apply, optax.with_extra_args_support(self.tx)
         if stored:
             from jaxopt_lab import compress
 
-            tx = optax.with_extra_args_support(compress.optimizer(self.tx))
-
         def forward(variables, *inputs):
-            return apply(variables, *inputs, train=True, key=key, axis_name=self.axis_name, weight=weight)
+            return self.model.apply(variables, *inputs, train=True, key=key, axis_name=self.axis_name, weight=weight)
 
         def total(params):
             run = compress.lift(forward) if stored else forward
@@ -61,30 +72,27 @@ class Step:
             # A weight of 0 also silences the loss of a padded row that is not finite.
             return jnp.sum(losses if weight is None else jnp.where(weight != 0, weight * losses, 0)), model_state
 
-        # The gradient of this device's own sum; summing over devices and dividing come after, outside the differentiated function:
-        # the gradient of a psum would be each device's own gradient again, or that times the number of devices. Likewise
-        # where shard_map tracks what differs between devices: shared parameters have a gradient that is summed already, so it is
-        # taken at parameters marked as the device's own.
-        (loss, model_state), grads = jax.value_and_grad(total, has_aux=True, allow_int=stored)(self._own(state.params))
-        count = jnp.float32(rows) if weight is None else jnp.sum(weight)
-        loss, count, grads = self._over_devices(jax.lax.psum, (loss, count, grads))
-        model_state = self._over_devices(jax.lax.pmean, model_state)
-        if weight is not None:
-            # Of nothing but padding the mean and its gradient are 0, and the model's state stays.
-            model_state = _floats(lambda new, old: jnp.where(count > 0, new, old), model_state, state.model_state)
-            count = jnp.where(count > 0, count, 1)
-        loss = loss / count
-        grads = _floats(lambda g: (g / count).astype(g.dtype), grads)
-        metrics, value = {"loss": loss}, loss
-        if self.penalty is not None:
-            penalty, pull = jax.value_and_grad(self.penalty, allow_int=stored)(state.params)
-            grads = _floats(jnp.add, grads, pull)
-            metrics["penalty"], value = penalty, loss + penalty
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, **_taken(self.tx.update, value=value))
-        _check_shapes(state.params, updates)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {name: metric.astype(jnp.float32) for name, metric in metrics.items()}
-        return State(params, model_state, opt_state, state.step + 1, state.key), metrics
+        def differentiate(params):
+            # The gradient of this device's own sum; summing over devices and dividing come after, outside the differentiated
+            # function: the gradient of a psum would be each device's own gradient again, or that times the number of devices.
+            # Likewise where shard_map tracks what differs between devices: shared parameters have a gradient that is summed
+            # already, so it is taken at parameters marked as the device's own.
+            (loss, model_state), grads = jax.value_and_grad(total, has_aux=True, allow_int=stored)(self._own(params))
+            count = jnp.float32(rows) if weight is None else jnp.sum(weight)
+            loss, count, grads = self._over_devices(jax.lax.psum, (loss, count, grads))
+            model_state = self._over_devices(jax.lax.pmean, model_state)
+            if weight is not None:
+                # Of nothing but padding the mean and its gradient are 0, and the model's state stays.
+                model_state = _floats(lambda new, old: jnp.where(count > 0, new, old), model_state, state.model_state)
+                count = jnp.where(count > 0, count, 1)
+            loss = loss / count
+            grads = _floats(lambda g: (g / count).astype(g.dtype), grads)
+            if self.penalty is None:
+                return (loss, ({"loss": loss}, model_state)), grads
+            penalty, pull = jax.value_and_grad(self.penalty, allow_int=stored)(params)
+            return (loss + penalty, ({"loss": loss, "penalty": penalty}, model_state)), _floats(jnp.add, grads, pull)
+
+        return differentiate
 
     def _key(self, state: State, rows: int) -> Array:
         key = jax.random.fold_in(state.key, state.step)
@@ -128,7 +136,9 @@ def make_step(
     Args:
       model: as of `nets.from_linen` and its like.
       loss: `(outputs, batch) -> [B]`, one value per example. A teacher comes in by the batch or by a closure.
-      tx: any Optax transform; it also gets `value=` (the loss with the penalty).
+      tx: any Optax transform that needs no other extra arguments than these: `value` (the loss with the penalty), its gradient
+        `grad`, and `value_fn`, which is `params -> value` on this very batch, with the dropout and over the devices of this very
+        step, and which a line search asks for (that of `optax.lbfgs`, say).
       penalty: `params -> scalar`, added once however many devices there are.
       axis_name: the axis of `jax.pmap`, `jax.shard_map` or `jax.vmap` to synchronise over. State that no BatchNorm keeps is
         averaged over it. A key of another generator than threefry is folded with the device's index: then dropout is sound, but not
@@ -140,8 +150,9 @@ def make_step(
       the penalty) and "penalty" if there is one, float32.
 
     Raises:
+      TypeError: `model` is not a `Model`.
       ValueError: when traced: a batch without "x", a weight that is not `[B]`, a loss that is not `[B]`, an update of another shape
-        than its parameter.
+        than its parameter, a state that another optimiser made.
 
     >>> from jaxopt_lab import nets, train
     >>> model = nets.from_functions(lambda key, x: jnp.zeros(2), lambda w, x: x @ w)
@@ -151,15 +162,13 @@ def make_step(
     >>> state.params, float(metrics["loss"])
     (Array([0.25, 2.  ], dtype=float32), 8.5)
     """
+    check_model(model)
     return Step(model, loss, tx, penalty, axis_name)
 
 
 def _read(batch: Batch) -> tuple[tuple, Array | None, int]:
     """The inputs, the weights and the number of rows of a batch."""
-    if not isinstance(batch, dict) or "x" not in batch:
-        has = ", ".join(map(str, batch)) if isinstance(batch, dict) else f"type {type(batch).__name__}"
-        raise ValueError(f'a batch must be a dict with the entry "x"; this one has {has}')
-    inputs = batch["x"] if isinstance(batch["x"], tuple) else (batch["x"],)
+    inputs = inputs_of(batch)
     shape = jnp.shape(jax.tree.leaves(inputs)[0])
     if not shape:
         raise ValueError('the entry "x" of a batch needs a leading batch axis; it is a scalar')
@@ -182,11 +191,68 @@ def _floats(function: Callable, tree: PyTree, *rest: PyTree) -> PyTree:
     return jax.tree.map(one, tree, *rest)
 
 
-def _taken(update: Callable, **extra: Any) -> dict[str, Any]:
+def _value_fn(differentiate: Callable[[PyTree], tuple[tuple[Array, Any], PyTree]], own: PyTree) -> Callable[[PyTree], Array]:
+    """The objective as a function of the parameters alone, for an optimiser that looks for it elsewhere, as a line search does.
+
+    Its derivative is given by rule, since JAX's own of a sum over devices is one device's part. It is of the same numbers on every
+    device, so that all of them search alike. Parameters that are masked out (`optax.masked`) are those of the state.
+    """
+
+    @jax.custom_jvp
+    def value(params):
+        return differentiate(params)[0][0]
+
+    @value.defjvp
+    def _(primals, tangents):
+        (value, _), grads = differentiate(*primals)
+        pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(tangents), strict=True)
+        slopes = [jnp.sum((g * t).real, dtype=value.dtype) for g, t in pairs if jnp.issubdtype(g.dtype, jnp.inexact)]
+        return value, sum(slopes, jnp.zeros_like(value))
+
+    def value_fn(params):
+        return value(jax.tree.map(lambda given, whole: whole if _is_masked(given) else given, params, own, is_leaf=_is_masked))
+
+    return value_fn
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _taken(update: Callable, extra: dict[str, Any]) -> dict[str, Any]:
     """Those of the extra arguments that an optimiser's update takes; some that take any pass them on to one that does not."""
     parameters = inspect.signature(update).parameters.values()
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return {name: value for name, value in extra.items() if anything or name in {p.name for p in parameters}}
+
+
+def _check_state(tx: optax.GradientTransformation, state: State) -> None:
+    """Refuses a state that another optimiser made: some take it without a word, and go on from the wrong numbers."""
+    try:
+        own = jax.eval_shape(tx.init, state.params)
+    except jax.errors.JAXTypeError:
+        return  # Its start depends on values, which nobody knows while the step is traced.
+    if jax.tree.structure(own) == jax.tree.structure(state.opt_state):
+        return
+    given, wanted = _outline(state.opt_state), _outline(own)
+    if given == wanted:
+        odd = sorted(set(paths(own)) ^ set(paths(state.opt_state)))
+        given, wanted = f"of other parameters ({odd[0]})" if odd else "of other containers", "not"
+    raise ValueError(
+        f"the state's opt_state is {given[:200]}, the optimiser's is {wanted[:200]}; start from train.init with the step's own tx"
+    )
+
+
+def _outline(state: Any) -> str:
+    """The classes of an optimiser's state, without its arrays: `(ScaleByAdamState, EmptyState)`."""
+    if isinstance(state, dict):
+        parts = [f"{name}: {part}" for name, value in state.items() if (part := _outline(value))]
+        return f"{{{', '.join(parts)}}}" if parts else ""
+    if not isinstance(state, (tuple, list)) or _is_masked(state):
+        return ""
+    named = hasattr(state, "_fields")
+    body = ", ".join(part for value in state if (part := _outline(value)))
+    return (type(state).__name__ if named else "") + (f"({body})" if body or not named else "")
 
 
 def _check_shapes(params: PyTree, updates: PyTree) -> None:

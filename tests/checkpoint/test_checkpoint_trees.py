@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from flax.core import freeze
 
-from jaxopt_lab import compress
+from jaxopt_lab import compress, prune
 from jaxopt_lab.checkpoint import load_tree, manifest, save_tree
 
 
@@ -122,6 +122,9 @@ OPTIMIZERS = {
     "apply_if_finite": optax.apply_if_finite(optax.adam(0.1), 3),
     "lookahead-like": optax.contrib.prodigy(),
     "reduce_on_plateau": optax.contrib.reduce_on_plateau(),
+    "sparsify": optax.MultiSteps(
+        prune.sparsify(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1)), 0.5, packed=True), 2
+    ),
     "compressed": compress.optimizer(optax.adamw(0.1)),
 }
 
@@ -137,6 +140,20 @@ def test_all_optimiser_states_survive_the_disk_together(tmp_path):
     states = {name: tx.init(PARAMS) for name, tx in OPTIMIZERS.items()}
     save_tree(tmp_path / "t", states)
     assert_same(load_tree(tmp_path / "t"), states)
+
+
+def test_a_sparse_run_goes_on_with_its_packed_masks():
+    tx, gradients = OPTIMIZERS["sparsify"], jax.tree.map(lambda p: jnp.arange(p.size, dtype=p.dtype).reshape(p.shape), PARAMS)
+    params, state = PARAMS, tx.init(PARAMS)
+    for _ in range(2):
+        updates, state = tx.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+    got = through_json(state, classes=())
+    assert_same(got, state)
+    masks = prune.masks(got)
+    assert [int(jnp.sum(masks[name]["kernel"])) for name in PARAMS] == [3, 6]
+    assert any(leaf.dtype == jnp.uint8 for leaf in jax.tree.leaves(got))
+    assert_same(tx.update(gradients, got, params), tx.update(gradients, state, params))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxopt_lab import compress
+from jaxopt_lab import compress, prune, regularize
 from jaxopt_lab.core import tree
 
 OPTIMIZERS = {
@@ -128,6 +128,104 @@ def test_only_what_is_declared_trains_and_only_latents_decay():
     np.testing.assert_array_equal(moved["stepped"].mask, [0, 0])
 
 
+# Each optimiser with a weight decay of its argument.
+DECAYING = {
+    "sgd": lambda decay: optax.chain(optax.add_decayed_weights(decay), optax.sgd(0.1)),
+    "momentum": lambda decay: optax.chain(optax.add_decayed_weights(decay), optax.sgd(0.1, momentum=0.9, nesterov=True)),
+    "adam": lambda decay: optax.chain(optax.add_decayed_weights(decay), optax.adam(0.1)),
+    "adamw": lambda decay: optax.adamw(0.1, weight_decay=decay),
+    "lion": lambda decay: optax.lion(0.1, weight_decay=decay),
+    "muon": lambda decay: optax.contrib.muon(0.1, weight_decay=decay, adam_weight_decay=decay),
+    "clip and chain": lambda decay: optax.chain(
+        optax.clip(0.2), optax.trace(0.9), optax.add_decayed_weights(decay), optax.scale(-0.1)
+    ),
+    "MultiSteps": lambda decay: optax.MultiSteps(optax.adamw(0.1, weight_decay=decay), 2),
+    "schedule_free": lambda decay: optax.contrib.schedule_free_adamw(0.1, weight_decay=decay),
+}
+
+
+def _leaves():
+    values = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)  # noqa: E731
+    return {
+        "factored": Factored(values(0, 3, 2), values(1, 2, 3)),
+        "plain": values(2, 3),
+        "stepped": Stepped(values(3, 2, 2), jnp.array(2.0), jnp.array([[1.0, 0.0], [1.0, 1.0]])),
+    }
+
+
+@pytest.mark.parametrize("name", DECAYING)
+def test_what_is_no_weight_trains_as_it_would_without_decay(name):
+    start = _leaves()
+    fields = lambda p: {"a": p["factored"].a, "b": p["factored"].b, "step": p["stepped"].step}  # noqa: E731
+    weights = lambda p: {"plain": p["plain"], "w": p["stepped"].w}  # noqa: E731
+    tx, free, decayed = compress.optimizer(DECAYING[name](0.3)), DECAYING[name](0.0), DECAYING[name](0.3)
+    slope = lambda params: jax.tree.map(lambda x: jnp.sin(3 * x) + 0.2, params)  # noqa: E731
+
+    @jax.jit
+    def run(params):
+        """The tree of leaves; its fields as bare arrays without decay; its weights as bare arrays with it."""
+
+        def trained(optimizer, values):
+            state = optimizer.init(values)
+            for _ in range(4):
+                updates, state = optimizer.update(slope(values), state, values)
+                values = optax.apply_updates(values, updates)
+            return values
+
+        return trained(tx, params), trained(free, fields(params)), trained(decayed, weights(params))
+
+    moved, fields_moved, weights_moved = run(start)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), fields(moved), fields_moved)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), weights(moved), weights_moved)
+    np.testing.assert_array_equal(moved["stepped"].mask, start["stepped"].mask)
+    assert float(jnp.abs(moved["factored"].a - start["factored"].a).max()) > 0.1
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "MultiSteps", "schedule_free"])
+def test_sparsify_acts_on_the_latent_weight_at_the_path_of_the_leaf(name):
+    params = _leaves()
+    tx = compress.optimizer(prune.sparsify(DECAYING[name](0.3), 0.5, where="stepped"))
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.tree.map(lambda x: jnp.sin(3 * x) + 0.2, params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(3):
+        params, state = step(params, state)
+        assert int(jnp.sum(params["stepped"].w == 0)) == 2
+    masks = prune.masks(state)
+    np.testing.assert_array_equal(masks["stepped"], params["stepped"].w != 0)
+    masked = prune.apply_masks(_leaves(), masks)
+    np.testing.assert_array_equal(masked["stepped"].w == 0, params["stepped"].w == 0)
+    assert [path.rpartition("/")[2] for path in prune.moments(state, params).cleared].count("stepped") >= (name != "muon")
+
+
+def test_penalties_act_on_the_latent_weight_at_the_path_of_the_leaf():
+    params = _leaves()
+    zero = jax.tree.map(jnp.zeros_like, params)
+    shrink = optax.chain(optax.sgd(1.0), regularize.proximal(regularize.prox.soft_threshold, 0.5, 1.0, where="stepped"))
+    for inner, expected in (
+        (optax.chain(regularize.add_l1(0.5, where="stepped"), optax.sgd(1.0)), -0.5 * jnp.sign(params["stepped"].w)),
+        (shrink, regularize.prox.soft_threshold(params["stepped"].w, 0.5) - params["stepped"].w),
+    ):
+        tx = compress.optimizer(inner)
+        updates, _ = tx.update(zero, tx.init(params), params)
+        np.testing.assert_allclose(updates["stepped"].w, expected, rtol=1e-6)
+        np.testing.assert_array_equal(updates["stepped"].step, 0)
+        np.testing.assert_array_equal(updates["factored"].a, 0)
+
+
+def test_a_leaf_without_a_latent_weight_is_refused_by_its_path():
+    params = compress.quantize(_tree(), where="a/kernel")
+    with pytest.raises(TypeError, match=r"^a/kernel is stored as Quantized, which has no latent weight to act on"):
+        compress.optimizer(prune.sparsify(optax.adam(0.1), 0.5)).init(params)
+    tx = compress.optimizer(regularize.proximal(regularize.prox.soft_threshold, 0.5, 1.0, where="factored"))
+    with pytest.raises(TypeError, match=r"^factored is stored as Factored, which has no latent weight to act on"):
+        tx.update(_leaves(), tx.init(_leaves()), _leaves())
+
+
 def test_lbfgs_searches_on_the_trained_part():
     params = compress.quantize(_tree(), where="a/kernel")
     tx = compress.optimizer(optax.lbfgs(memory_size=2))
@@ -148,7 +246,8 @@ def test_lbfgs_searches_on_the_trained_part():
 def test_trained_parts_come_apart_and_together():
     params = compress.quantize(_tree(), where="a/kernel")
     part = compress.trainable(params)
-    assert tree.paths(part) == ["a/bias", "b/kernel"]
+    assert tree.paths(part) == ["a/bias", "a/kernel", "b/kernel"]
+    assert len(jax.tree.leaves(part)) == 2
     whole = compress.merge(params, jax.tree.map(lambda p: p + 1, part))
     np.testing.assert_array_equal(whole["a"]["kernel"].codes, params["a"]["kernel"].codes)
     np.testing.assert_array_equal(whole["a"]["bias"], params["a"]["bias"] + 1)

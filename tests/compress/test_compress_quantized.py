@@ -1,7 +1,8 @@
-"""Int8 codes: literal arrays, a scalar rounding, and what goes through the leaf without becoming dense."""
+"""Integer codes: literal arrays, a scalar rounding, and what goes through the leaf without becoming dense."""
 
 import functools
 import inspect
+import itertools
 import sys
 
 import flax.linen as nn
@@ -14,7 +15,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxopt_lab import compress
-from jaxopt_lab.compress import Quantized, affine
+from jaxopt_lab.compress import Quantized
+from jaxopt_lab.compress.arrays import affine
 from jaxopt_lab.core import tree
 
 # Small programs run once each: the time goes into compiling, so compile carelessly.
@@ -110,7 +112,26 @@ def test_bytes_are_what_is_stored():
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [
-        (ValueError, r"bits=4: 8-bit codes are what", lambda p: compress.quantize(p, bits=4)),
+        (ValueError, r"bits=0: codes have 1 to 8 bits", lambda p: compress.quantize(p, bits=0)),
+        (ValueError, r"bits=9: codes have 1 to 8 bits", lambda p: compress.quantize(p, bits=9)),
+        (ValueError, r"bits=4.0: codes have 1 to 8 bits", lambda p: compress.quantize(p, bits=4.0)),
+        (ValueError, r"a/kernel of shape \(4, 2\): bits has no entry for it", lambda p: compress.quantize(p, bits={"b/kernel": 4})),
+        (
+            ValueError,
+            r"a/kernel of shape \(4, 2\): group=\(3, -2\): groups of 3 do not divide axis -2, which has 4",
+            lambda p: compress.quantize(p, group=3),
+        ),
+        (
+            ValueError,
+            r"a/kernel of shape \(4, 2\): group=\(2, 1\) names no axis",
+            lambda p: compress.quantize(p, group=(2, 1)),
+        ),
+        (ValueError, r"a/kernel of shape \(4, 2\): group=\(0, 0\): groups of 0 do", lambda p: compress.quantize(p, group=(0, 0))),
+        (
+            ValueError,
+            r"a/kernel of shape \(3,\): swapped=True exchanges two axes; it has fewer",
+            lambda p: compress.quantize({"a": {"kernel": jnp.ones(3)}}, swapped=True),
+        ),
         (TypeError, r"a/kernel has dtype int32; only floating", lambda p: compress.quantize({"a": {"kernel": jnp.arange(3)}})),
         (TypeError, r"a/kernel has dtype key<fry>;", lambda p: compress.quantize({"a": {"kernel": jax.random.key(0)}})),
         (TypeError, r"a/kernel is compressed already, as Quantized", lambda p: compress.quantize(compress.quantize(p))),
@@ -136,6 +157,134 @@ def test_errors_are_one_line_and_name_the_leaf(error, message, call):
     assert "\n" not in str(caught.value)
 
 
+# Weights, and what torch gives for them by its documented formulas, with one scale.
+ORACLES = [
+    # torchao: choose_qparams_affine with SYMMETRIC mapping (scale = absmax / ((qmax - qmin) / 2)), then quantize_affine.
+    (8, True, [1.0, -0.5, 0.25, 0.1, -1.0, 0.0], [127, -64, 32, 13, -128, 0]),
+    (4, True, [1.0, -0.5, 0.25, 0.1, -1.0, 0.0], [7, -4, 2, 1, -8, 0]),
+    (2, True, [1.0, -0.5, 0.25, 0.1, -1.0, 0.0], [1, -1, 0, 0, -2, 0]),
+    # torch.ao.quantization.MinMaxObserver(per_tensor_affine), then torch.quantize_per_tensor.
+    (8, False, [-1.0, 0.0, 0.55, 1.55, -0.333, 0.777], [-128, -28, 27, 127, -61, 50]),
+    (4, False, [-1.0, 0.0, 0.55, 2.0, -0.333, 0.777], [-8, -3, 0, 7, -5, 1]),
+]
+
+
+@pytest.mark.parametrize(("bits", "symmetric", "w", "codes"), ORACLES)
+def test_codes_lie_within_one_of_torchs(bits, symmetric, w, codes):
+    leaf = compress.quantize({"kernel": jnp.array(w)[:, None]}, bits, None, symmetric)["kernel"]
+    assert np.abs(np.asarray(leaf.signed_codes())[:, 0] - np.array(codes)).max() <= 1
+    assert leaf.materialise()[w.index(0.0), 0] == 0
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_narrow_codes_with_groups_equal_a_scalar_reimplementation(bits, symmetric):
+    w = np.asarray(_normal(6, 3)) + 0.2
+    w[2, 1] = 0
+    leaf = compress.quantize({"kernel": jnp.asarray(w)}, bits, symmetric=symmetric, group=2)["kernel"]
+    codes, dense = np.asarray(leaf.signed_codes()), np.asarray(leaf.materialise())
+    assert leaf.scale.shape == (3, 3)
+    least, largest = affine.code_range(bits, symmetric)
+    assert codes.min() >= least
+    assert codes.max() <= largest
+    for i, j in np.ndindex(6, 3):
+        group = [float(w[k, j]) for k in range(6) if k // 2 == i // 2]
+        if bits == 1 and symmetric:
+            step, code, zero = sum(abs(v) for v in group) / 2, -1 if w[i, j] < 0 else 1, 0
+        elif symmetric:
+            step, zero = max(abs(v) for v in group) / (2 ** (bits - 1) - 1), 0
+            code = round(float(w[i, j]) / step)
+        else:
+            step = (max(*group, 0) - min(*group, 0)) / (2**bits - 1)
+            zero = round(-(2 ** (bits - 1)) - min(*group, 0) / step)
+            code = min(max(round(float(w[i, j]) / step) + zero, least), largest)
+        assert abs(int(codes[i, j]) - code) <= (0 if bits == 1 and symmetric else 1)
+        np.testing.assert_allclose(dense[i, j], step * (int(codes[i, j]) - zero), rtol=1e-5, atol=1e-6)
+    assert (symmetric and bits == 1) or dense[2, 1] == 0
+
+
+def test_one_bit_is_the_sign_times_the_mean_size():
+    w = jnp.array([[1.0, 0.0], [-3.0, 0.0], [0.5, -0.0], [-0.5, 0.0]])
+    leaf = compress.quantize({"kernel": w}, bits=1)["kernel"]
+    np.testing.assert_array_equal(leaf.signed_codes(), [[1, 1], [-1, 1], [1, 1], [-1, 1]])
+    np.testing.assert_array_equal(leaf.materialise(), [[1.25, 0], [-1.25, 0], [1.25, 0], [-1.25, 0]])
+    assert tree.nbytes(leaf.codes) == 2  # a byte a column: four bits and their padding
+
+
+@pytest.mark.parametrize(("bits", "nbytes"), [(1, 16), (2, 32), (3, 48), (4, 64), (5, 80), (6, 96), (7, 112), (8, 128)])
+def test_narrow_codes_take_as_many_bits_as_they_have(bits, nbytes):
+    stored = compress.quantize({"kernel": _normal(16, 8)}, bits=bits)["kernel"]
+    assert tree.nbytes(stored.codes) == nbytes
+    assert compress.summary({"kernel": stored})["kernel"].format == f"int{bits} per channel 1"
+    again = Quantized.of(stored.signed_codes(), stored.scale, bits=bits)
+    jax.tree.map(np.testing.assert_array_equal, again, stored)
+
+
+def test_the_error_falls_with_bits_with_channels_and_with_groups():
+    w = _normal(64, 16) * jnp.exp(_normal(1, 16, seed=1)) * jnp.where(_normal(64, 16, seed=2) > 2, 4, 1)
+
+    def error(*args, **kwargs):
+        return float(jnp.mean(jnp.square(compress.quantize({"kernel": w}, *args, **kwargs)["kernel"].materialise() - w)))
+
+    for symmetric in (True, False):
+        by_bits = [error(bits, symmetric=symmetric) for bits in range(2, 9)]
+        assert all(more < fewer for fewer, more in itertools.pairwise(by_bits))
+    assert error(4) < error(4, None)
+    assert error(4, group=16) < error(4)
+    assert error(4, group=8) < error(4, group=32)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [None, (16, 0)])
+def test_the_clipped_range_of_least_error_is_no_worse_than_the_whole(symmetric, group):
+    w = _normal(64, 8).at[3, 2].set(6.0)
+    choose = affine.mse_scale if symmetric else affine.mse_scale_and_zero
+
+    def errors(scale):
+        leaf = compress.quantize({"kernel": w}, 4, symmetric=symmetric, group=group, scale=scale)["kernel"]
+        squares = jnp.square(leaf.materialise() - w).reshape(leaf.scale.shape[0], -1, 8)
+        return np.asarray(jnp.sum(squares, axis=1)), leaf
+
+    (whole, _), (clipped, leaf) = errors(None), errors(choose)
+    assert (clipped <= whole * (1 + 1e-6)).all()
+    assert clipped.sum() < 0.95 * whole.sum()
+    # A scalar search over the same grid finds nothing better in the column with the outlier.
+    if symmetric and group is None:
+        column, start = np.asarray(w[:, 2]), float(np.abs(w[:, 2]).max() / 7)
+        tried = [start * (1 - 0.8 * i / 79) for i in range(80)]
+        found = [np.square(np.clip(np.round(column / s), -7, 7) * s - column).sum() for s in tried]
+        np.testing.assert_allclose(clipped[0, 2], min(found), rtol=1e-4)
+        np.testing.assert_allclose(leaf.scale[0, 2], tried[int(np.argmin(found))], rtol=1e-5)
+
+
+def test_tiny_weights_are_clipped_as_large_ones_are():
+    w = _normal(64, 2).at[0, 0].set(7.0)
+    np.testing.assert_allclose(affine.mse_scale(w * 1e-30, bits=4) * 1e30, affine.mse_scale(w, bits=4), rtol=1e-4)
+
+
+def test_bits_follow_the_range_of_each_weight():
+    even, wide = _normal(64, 4), _normal(64, 4).at[0].set(60.0)
+    params = {"even": {"kernel": even}, "wide": {"kernel": wide}, "bias": jnp.ones(3)}
+    chosen = compress.bits_for_range(params, 0.05)
+    assert list(chosen) == ["even/kernel", "wide/kernel"]
+    assert chosen["even/kernel"] < chosen["wide/kernel"]
+    for path, bits in chosen.items():
+        w = tree.selected(params, path)[path]
+
+        def relative(bits, w=w):
+            error = compress.quantize({"kernel": w}, bits)["kernel"].materialise() - w
+            return float(jnp.linalg.norm(error) / jnp.linalg.norm(w))
+
+        assert relative(bits) <= 0.05 < relative(bits - 1)
+    stored = compress.quantize(params, bits=chosen)
+    assert {path: leaf.bits for path, leaf in tree.selected(stored, "**/kernel").items()} == chosen
+    assert compress.bits_for_range({"kernel": jnp.zeros((2, 2))}, 0.01, "kernel") == {"kernel": 1}
+    with pytest.raises(ValueError, match=r"even/kernel of shape \(64, 4\): 8 bits leave a relative error of .*above error=1e-05"):
+        compress.bits_for_range(params, 1e-5)
+    with pytest.raises(ValueError, match=r"error=0 must be positive"):
+        compress.bits_for_range(params, 0)
+
+
 def test_every_layout_of_a_product_equals_the_dense_one():
     # (x, w, dimension_numbers): kernel right and left, (out, in) layout, several contracted axes, batch axes on both sides.
     cases = [
@@ -148,8 +297,12 @@ def test_every_layout_of_a_product_equals_the_dense_one():
     ]
     for x, w, numbers in cases:
         flipped = (numbers[0][::-1], numbers[1][::-1])
-        variants = {(None, True), (0, False), (w.ndim - 1, True), (tuple({0, w.ndim - 1}), True)}
-        stored = [_jit(functools.partial(compress.quantize, axis=a, symmetric=y))({"kernel": w})["kernel"] for a, y in variants]
+        both = tuple({0, w.ndim - 1})
+        variants = [{"axis": None}, {"axis": 0, "symmetric": False}, {"axis": w.ndim - 1, "bits": 4}, {"axis": both, "bits": 3}]
+        if w.ndim > 1:
+            variants += [{"bits": 4, "group": (2, a % w.ndim)} for a in (-2, 0) if w.shape[a] % 2 == 0]
+            variants += [{"swapped": True, "bits": 2, "symmetric": False}, {"axis": 0, "swapped": True}]
+        stored = [_jit(functools.partial(compress.quantize, **variant))({"kernel": w})["kernel"] for variant in variants]
 
         def right(w, x, numbers=numbers):
             return lax.dot_general(x, w, numbers)

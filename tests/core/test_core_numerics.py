@@ -11,7 +11,7 @@ from jaxopt_lab.core import numerics
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
-def test_landing_is_exact_on_zeros_and_one_rounding_elsewhere(dtype, wrap):
+def test_landing_is_exact_on_zeros_and_one_rounding_off_where_weights_move_little(dtype, wrap):
     keys = jax.random.split(jax.random.key(0))
     params = {"w": (jax.random.normal(keys[0], (64,)) * 10.0 ** jnp.linspace(-4, 4, 64)).astype(dtype)}
     updates = {"w": jax.random.normal(keys[1], (64,)).astype(dtype)}
@@ -26,6 +26,29 @@ def test_landing_is_exact_on_zeros_and_one_rounding_elsewhere(dtype, wrap):
     np.testing.assert_allclose(
         np.asarray(landed, np.float64), np.asarray(target, np.float64), rtol=float(jnp.finfo(dtype).eps), atol=0
     )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_landing_far_below_misses_by_one_rounding_of_the_larger_number(dtype):
+    draws = np.random.default_rng(0)
+    signs, sizes = draws.choice([-1.0, 1.0], size=(2, 4000)), draws.uniform(1.0, 2.0, size=(2, 4000))
+    # In float16 the target must stay above the subnormal numbers, below 6.1e-5.
+    ratios = 2.0 ** -draws.integers(0, 12 if dtype == jnp.float16 else 30, size=4000)
+    x = jnp.asarray(signs[0] * sizes[0], dtype)
+    for old, new in ((x, jnp.asarray(signs[1] * sizes[1] * ratios, dtype)), (x * jnp.asarray(ratios, dtype), x)):
+        landed = optax.apply_updates(old, numerics.land(old, new))
+        x64, y64, landed64 = (np.asarray(a, np.float64) for a in (old, new, landed))
+        missed = np.abs(landed64 - y64)
+        assert landed.dtype == dtype
+        assert (missed <= float(jnp.finfo(dtype).eps) * np.maximum(np.abs(x64), np.abs(y64))).all()
+        if dtype != jnp.float32:
+            # The difference is in float32, and so exact enough while the target is not tiny.
+            near = np.abs(y64) > 2.0 ** (-14 if dtype == jnp.bfloat16 else -11) * np.abs(x64)
+            assert near.any()
+            np.testing.assert_array_equal(landed64[near], y64[near])
+    if dtype == jnp.float32:
+        # Not to one rounding of the target: a hundred million falls to 0.1 only in steps of its own last place.
+        assert jnp.float32(1e8) + numerics.land(jnp.float32(1e8), jnp.float32(0.1)) == 0.0
 
 
 def test_straight_through_value_and_gradient():

@@ -1,6 +1,7 @@
 """Paths, selectors and sizes."""
 
 import dataclasses
+import fnmatch
 from typing import NamedTuple
 
 import flax
@@ -37,6 +38,7 @@ def chosen(where, params=PARAMS):
         ("**/Dense_?/b*", ["params/Block_1/Dense_0/bias", "params/Dense_0/bias"]),
         ("**/Dense_[0-9]/bias", ["params/Block_1/Dense_0/bias", "params/Dense_0/bias"]),
         (["**/bias", "**/scale"], ["params/Block_1/Dense_0/bias", "params/Block_1/scale", "params/Dense_0/bias"]),
+        (("**/bias", "**/*_0/b[a-i]as"), ["params/Block_1/Dense_0/bias", "params/Dense_0/bias"]),
         (lambda path, leaf: leaf.ndim == 2, ["params/Block_1/Dense_0/kernel", "params/Dense_0/kernel"]),
     ],
 )
@@ -50,6 +52,27 @@ def test_select(where, expected):
 
 def test_a_pattern_is_not_a_regular_expression():
     assert chosen("a.b", {"a.b": 1.0, "axb": 2.0}) == ["a.b"]
+
+
+def test_sets_are_those_of_fnmatch():
+    params = dict.fromkeys(["D_!", "D_&", "D_-", "D_0", "D_[0", "D_]", "D_^", "D_a"], 0)
+    for glob in ("D_[!0-9]", "D_[^0]", "D_[!^]", "D_[]a]", "D_[!]a]", "D_[a-]", "D_[--0]", "D_[&&~|]", "D_[[]0", "D_[0"):
+        expected = [name for name in params if fnmatch.fnmatchcase(name, glob)]
+        assert expected
+        assert chosen(glob, params) == expected
+
+
+def test_a_set_stays_inside_a_part():
+    assert chosen("D[!x]0", {"D": {"0": 1.0}, "D_0": 2.0}) == ["D_0"]
+    with pytest.raises(ValueError, match=r"^where='a/D_\[z-a\]\*' has the set \[z-a\], in which the range z-a runs backwards$"):
+        tree.select({"a": {"D_b": 1.0}}, "a/D_[z-a]*")
+
+
+def test_each_of_several_globs_must_match():
+    message = r"^nothing matches where='\*\*/kernle'; the nearest of 6 paths: kernel, params/Dense_0/kernel, .*$"
+    for where in (["**/bias", "**/kernle"], ("**/kernle", "**/bias")):
+        with pytest.raises(ValueError, match=message):
+            tree.select(PARAMS, where)
 
 
 def test_select_takes_its_own_result():

@@ -106,6 +106,13 @@ def test_jax_arrays_and_large_seeds():
     assert sorted(drawn(stream, range(2))) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("batch_size", [4, None])
+def test_a_stream_is_no_iterable(batch_size):
+    with pytest.raises(TypeError, match=r"has no end; .*range\(batches\.steps_per_epoch\): batch = batches\(step\)") as caught:
+        next(iter(data.batches(ARRAYS, batch_size, seed=0)))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -74,10 +74,14 @@ def test_smoothing_may_be_traced():
 
 
 def test_accuracy_by_hand():
-    logits = jnp.array([[0.1, 0.9], [0.9, 0.1], [0.5, 0.5], [jnp.nan, 0.0], [jnp.inf, 0.0], [0.0, -jnp.inf]])
+    nan, inf = jnp.nan, jnp.inf
+    logits = jnp.array(
+        [[0.1, 0.9], [0.9, 0.1], [0.5, 0.5], [nan, 0.0], [0.0, nan], [inf, 0.0], [2.0, -inf], [-inf, 2.0], [-inf, -inf]]
+    )
+    ids = jnp.array([1, 1, 0, 0, 0, 0, 0, 0, 0])
     with jax.numpy_dtype_promotion("strict"):
-        for labels in (jnp.array([1, 1, 0, 0, 0, 0]), jax.nn.one_hot(jnp.array([1, 1, 0, 0, 0, 0]), 2)):
-            np.testing.assert_array_equal(accuracy(logits, labels), [1.0, 0.0, 1.0, 0.0, 0.0, 0.0])
+        for labels in (ids, jax.nn.one_hot(ids, 2)):
+            np.testing.assert_array_equal(accuracy(logits, labels), [1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0])
     assert accuracy(LOGITS, IDS).shape == (5, 2)
     np.testing.assert_array_equal(jax.vmap(accuracy)(LOGITS, IDS), accuracy(LOGITS, IDS))
 

@@ -1,5 +1,7 @@
 """The pair of pure functions: modes, random streams, batch statistics, and what comes back."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,9 @@ import pytest
 from flax import nnx
 
 from jaxopt_lab import compress, nets
+from jaxopt_lab.nets.batch_statistics import layer_moments
 
+_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
 KEY = jax.random.key(3)
 X = jax.random.normal(jax.random.key(1), (6, 5)) * 2 + 1
 
@@ -133,6 +137,131 @@ def test_dropout_follows_the_key_and_only_in_training(model):
     assert not (model.predict(variables, X) == 0).any()
 
 
+class Training(nn.Module):
+    @nn.compact
+    def __call__(self, x, training=False):
+        return nn.Dropout(0.5, deterministic=not training)(x)
+
+
+class IsTraining(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, is_training):
+        return nn.Dropout(0.5, deterministic=not is_training)(x)
+
+
+class Residual(nn.Module):
+    """Written without a mode in mind."""
+
+    inner: nn.Module
+
+    def __call__(self, x):
+        return x + self.inner(x)
+
+
+class Wrapped(nn.Module):
+    """Knows the mode, and cannot tell it through `nn.Sequential`."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Sequential([Training()])(x)
+
+
+class Repeated(nn.Module):
+    """`nn.scan` over a block that takes no mode and holds a layer that does."""
+
+    @nn.compact
+    def __call__(self, x):
+        class Block(nn.Module):
+            @nn.compact
+            def __call__(self, carry, _):
+                return nn.Dropout(0.5)(carry), None
+
+        return nn.scan(Block, split_rngs={"dropout": True, "params": True}, length=2)()(x, None)[0]
+
+
+TOLD = {
+    "training": Training(),
+    "is_training": IsTraining(),
+    "layer": nn.Dropout(0.5),
+    "sequential": nn.Sequential([nn.tanh, Training()]),
+    "nested": nn.Sequential([Residual(nn.Sequential([nn.Dropout(0.5)]))]),
+    "own_block": Residual(Training()),
+    "knowing": Wrapped(),
+    "remat": nn.remat(Training)(),
+    "inner_remat": nn.Sequential([nn.remat(IsTraining)()]),
+    "jit": nn.Sequential([nn.jit(Training)()]),
+    "scan": Repeated(),
+    "attention": nn.MultiHeadDotProductAttention(1, dropout_rate=0.5),
+}
+
+
+@pytest.mark.parametrize("module", TOLD.values(), ids=TOLD)
+def test_every_module_inside_is_told_the_mode(module):
+    model = nets.from_linen(module)
+    variables = model.init(KEY, X)
+    # In turn: `nn.jit` keeps what it traced, and must not mix the modes.
+    before, trained, after = (_jit(partial(model.apply, train=train, key=KEY))(variables, X)[0] for train in (False, True, False))
+    assert (trained != before).any()
+    np.testing.assert_array_equal(before, after)
+
+
+def test_layers_that_need_a_mode_work_in_a_sequence():
+    model = nets.from_linen(nn.Sequential([nn.BatchNorm(momentum=0.9), nn.Dropout(0.5)]))
+    variables = model.init(KEY, X)
+    _, state = model.apply(variables, X, train=True, key=KEY)
+    np.testing.assert_allclose(state["batch_stats"]["layers_0"]["mean"], 0.1 * X.mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(model.predict({**variables, **state}, X) == 0, np.zeros_like(X, bool))
+
+
+def test_spectral_norm_is_told_when_to_update():
+    model = nets.from_linen(nn.Sequential([nn.SpectralNorm(nn.Dense(3))]))
+    variables = model.init(KEY, X)
+    _, state = model.apply(variables, X, train=True, key=KEY)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), state["batch_stats"], variables["batch_stats"])
+    assert all(jax.tree.leaves(moved))
+
+
+class Probe(nn.Module):
+    """A head on a backbone that shall not train."""
+
+    how: str
+
+    @nn.compact
+    def __call__(self, x):
+        if self.how == "call":
+            return Training()(x, training=False)
+        if self.how == "positional":
+            return Training()(x, False)
+        return nn.Dropout(0.5, deterministic=True)(x)
+
+
+class Knowing(nn.Module):
+    """Takes a mode, and leaves one part to its default."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return Training()(x)
+
+
+FROZEN = {**{how: Probe(how) for how in ("call", "positional", "constructor")}, "knowing": Knowing()}
+
+
+@pytest.mark.parametrize("module", FROZEN.values(), ids=FROZEN)
+def test_a_mode_that_the_author_has_decided_stays(module):
+    model = nets.from_linen(module)
+    np.testing.assert_array_equal(model.apply(model.init(KEY, X), X, train=True, key=KEY)[0], X)
+
+
+def test_a_wrong_call_keeps_its_own_error():
+    class Wrong(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Training()(x, 1, 2, 3)
+
+    with pytest.raises(TypeError, match="positional arguments"):
+        nets.from_linen(Wrong()).init(KEY, X)
+
+
 def test_every_random_collection_draws_from_the_key():
     class Noisy(nn.Module):
         @nn.compact
@@ -158,6 +287,38 @@ def test_a_module_keeps_its_own_axis_and_mask():
     state = both(X[:4].reshape(2, 2, 5), jnp.array([[1.0, 1.0], [0.0, 1.0]]))
     # Rows 1 and 3 are masked by the module, row 2 is padding: only row 0 counts, on both devices.
     np.testing.assert_allclose(jax.tree.leaves(state)[0], np.stack([X[0]] * 2), rtol=1e-6)
+
+
+AXES = {
+    "first": (0, (2, 4, 3), (1, 2)),
+    "last_by_default": (-1, (4, 3, 2), (0, 1)),
+    "middle": (1, (4, 2, 3), (0, 2)),
+    "two": ((0, -1), (2, 4, 3), (1,)),
+}
+
+
+@pytest.mark.parametrize(
+    ("world", "name"),
+    # nnx.BatchNorm is made for one number of features.
+    [*(("linen", name) for name in AXES), *(("nnx", name) for name in AXES if name != "two")],
+)
+def test_statistics_are_kept_along_the_axes_of_the_layer(world, name):
+    axis, shape, averaged = AXES[name]
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    if world == "linen":
+        layer = nn.BatchNorm(momentum=0.0, axis=axis, use_bias=False, use_scale=False)
+    else:
+        layer = nnx.BatchNorm(shape[axis], momentum=0.0, axis=axis, use_bias=False, use_scale=False, rngs=nnx.Rngs(0))
+    mean, variance = layer_moments(layer, jnp.asarray(x), axis_name=None)
+    np.testing.assert_allclose(mean, x.mean(averaged), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(variance, x.var(averaged), rtol=1e-4)
+    # And through the layer, spread over two devices along an axis that is averaged over.
+    model = (nets.from_linen if world == "linen" else nets.from_nnx)(layer)
+    variables = model.init(KEY, x)
+    halves = np.stack(np.split(x, 2, axis=averaged[0]))
+    apply = partial(model.apply, variables, train=True, axis_name="d")
+    _, state = _jit(jax.vmap(apply, axis_name="d"))(halves)
+    np.testing.assert_allclose(jax.tree.leaves(state)[0][0], x.mean(averaged), rtol=1e-5, atol=1e-6)
 
 
 def test_subclasses_of_nnx_batch_norm_are_synchronised_too():
@@ -223,6 +384,15 @@ def test_functions_get_the_keywords_they_name():
     np.testing.assert_array_equal(outputs, X * 2)
     assert state == {}
     assert seen == {"train": True, "key": KEY}
+
+
+def test_functions_may_name_the_mode_otherwise():
+    model = nets.from_functions(
+        lambda key, x: jnp.float32(2), lambda w, x, is_training, deterministic: (is_training, deterministic)
+    )
+    variables = model.init(KEY, X)
+    assert model.apply(variables, X, train=True)[0] == (True, False)
+    assert model.predict(variables, X) == (False, True)
 
 
 def test_stateful_functions_return_their_state_in_training_only():

@@ -132,6 +132,20 @@ def test_compressed_leaves():
     assert (one.params["Dense_0"]["bias"] != state.params["Dense_0"]["bias"]).any()
 
 
+def test_a_line_search_goes_alike_on_every_device():
+    model, tx = MODELS["functions"], optax.chain(optax.sgd(50.0), optax.scale_by_backtracking_linesearch(12))
+    alone = jax.jit(train.make_step(model, loss, tx, penalty=penalty))
+    together = parallel.pmap(train.make_step(model, loss, tx, penalty=penalty, axis_name="d"))
+    one = many = train.init(model, tx, KEY, batch_of(2))
+    for _ in range(2):
+        one, _ = alone(one, BATCHES["ragged"])
+        many, _ = together(many, BATCHES["ragged"])
+        close(one.params, many.params, 1e-5)
+    close(one.opt_state, many.opt_state, 1e-4)
+    assert int(optax.tree.get(one.opt_state, "num_linesearch_steps")) > 1
+    assert 0 < float(optax.tree.get(one.opt_state, "learning_rate")) < 1
+
+
 def test_the_state_is_ordinary_and_comes_back_in_without_a_copy(steps):
     _, together, state = steps
     new, _ = together(state, BATCHES["whole"])

@@ -122,7 +122,8 @@ def test_every_kind_of_tree_counts_alike(row):
 
 
 def test_where_chooses_leaves(row):
-    chosen = row.penalty(PARAMS, where="dense/kernel")
+    chosen = row.penalty(PARAMS, "dense/kernel")
+    assert chosen == row.penalty(PARAMS, where="dense/kernel")
     np.testing.assert_array_equal(chosen, row.penalty({"kernel": PARAMS["dense"]["kernel"]}))
     assert chosen < row.penalty(PARAMS)
 

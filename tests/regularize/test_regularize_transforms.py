@@ -23,7 +23,10 @@ ADDED = {
     "l1": (regularize.add_l1(0.3), lambda p: 0.3 * regularize.l1(p)),
     "l2": (regularize.add_l2(0.3, where="**/kernel"), lambda p: 0.3 * regularize.l2(p, where="**/kernel")),
     "elastic_net": (regularize.add_elastic_net(0.3, 0.2), partial(regularize.elastic_net, l1=0.3, l2=0.2)),
-    "group_lasso": (regularize.add_group_lasso(0.3, axis=0), lambda p: 0.3 * regularize.group_lasso(p, axis=0)),
+    "group_lasso": (
+        regularize.add_group_lasso(0.3, "**/kernel", axis=0),
+        lambda p: 0.3 * regularize.group_lasso(p, "**/kernel", axis=0),
+    ),
     "orthogonal": (regularize.add_penalty(regularize.orthogonal, 0.3), lambda p: 0.3 * regularize.orthogonal(p)),
     "nuclear": (regularize.add_penalty(regularize.nuclear, 0.3), lambda p: 0.3 * regularize.nuclear(p)),
     "schedule": (regularize.add_l1(lambda t: 0.3 + 0.0 * t), lambda p: 0.3 * regularize.l1(p)),

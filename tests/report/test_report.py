@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jaxopt_lab import report
+from jaxopt_lab import nets, report, train
 
 ARRAYS = {"x": np.eye(4, dtype=np.float32), "y": np.array([0, 1, 2, 0])}
 VARIABLES = {"params": {"w": jnp.eye(4), "b": jnp.zeros(4)}, "batch_stats": {"mean": jnp.ones(3)}}
@@ -70,6 +70,21 @@ def test_measure_takes_bare_parameters_and_a_directory(tmp_path):
     row = report.measure("dense", lambda w, x: x @ w, jnp.eye(4), ARRAYS, directory=tmp_path, batch_sizes=(2,), repeats=1)
     assert (row.accuracy, row.parameters, row.nonzeros, row.array_bytes, row.directory_bytes) == (0.75, 16, 4, 64, 3)
     assert set(row.latency_ms) == {2}
+
+
+def test_measure_takes_a_model_and_a_state():
+    model = nets.from_functions(lambda key, x: jnp.eye(4), lambda w, x: x @ w)
+    state = train.State(jnp.eye(4), {"mean": jnp.ones(3)}, (), jnp.int32(0), jax.random.key(0))
+    row = report.measure("dense", model, state, ARRAYS, batch_sizes=(1,), repeats=1)
+    plain = report.measure("dense", model.predict, train.variables(state), ARRAYS, batch_sizes=(1,), repeats=1)
+    assert row[:8] == plain[:8] == ("dense", 0.75, report.accuracy_interval(3, 4), 4, 16, 4, 76, None)
+
+
+def test_what_measure_cannot_take_is_named():
+    with pytest.raises(TypeError, match=r"this MLP becomes one by nets\.from_linen\(model\)"):
+        report.measure("a", nets.MLP(), VARIABLES, ARRAYS)
+    with pytest.raises(ValueError, match=r'labels "y" .* they lack "y"'):
+        report.measure("a", predict, VARIABLES, {"x": ARRAYS["x"]})
 
 
 def test_logits_that_are_not_finite_are_wrong():

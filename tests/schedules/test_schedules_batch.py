@@ -89,14 +89,14 @@ BAD = {
         lambda: schedules.batch_from_iterations(10, 11),
         "iterations must lie between 1 and the number of examples; got iterations=11, examples=10",
     ),
-    "factor": (lambda: schedules.grow_batch(4, 1, [3], 8), "factor must be above 1; got factor=1"),
+    "factor": (lambda: schedules.grow_batch(4, 1, [3], 8), "factor must be above 1; got 1"),
     "maximum": (
         lambda: schedules.grow_batch(16, 2, [3], 8),
         "initial and maximum must rise or be equal; got initial=16, maximum=8",
     ),
     "initial": (lambda: schedules.grow_batch(0, 2, [3], 8), "batch sizes must be at least 1; got (0, 0)"),
     "step": (lambda: schedules.constant_batch(4)(-1), "a step is at least 0; got -1"),
-    "reference": (lambda: schedules.scaled_rate(0.1, PLANS["full"][0], 0), "reference must be positive; got reference=0"),
+    "reference": (lambda: schedules.scaled_rate(0.1, PLANS["full"][0], 0), "reference must be positive; got 0"),
 }
 
 

@@ -56,7 +56,8 @@ def test_a_host_count_gives_the_scalar_formula_in_float64(name):
     values = [ours(int(t)) for t in COUNTS]
     assert all(type(value) is np.float64 for value in values)
     np.testing.assert_allclose(values, [expected(int(t)) for t in COUNTS], rtol=1e-14, atol=1e-15)
-    np.testing.assert_array_equal(ours(COUNTS), values)
+    # numpy's vectorised power and its scalar one may differ in the last place.
+    np.testing.assert_allclose(ours(COUNTS), values, rtol=1e-15)
     assert type(ours(np.int32(3))) is np.float64
 
 
@@ -170,15 +171,15 @@ def test_schedules_drive_an_optax_optimiser():
 
 
 BAD = {
-    "steps": (lambda: schedules.linear(0.0, 1.0, 0), "steps must be positive; got steps=0"),
-    "cosine steps": (lambda: schedules.cosine(1.0, -3), "steps must be positive; got steps=-3"),
-    "power": (lambda: schedules.polynomial_decay_to_zero(1.0, 5, power=0.0), "power must be positive; got power=0.0"),
-    "rate": (lambda: schedules.exponential(1.0, 5, -0.5), "rate must be positive; got rate=-0.5"),
+    "steps": (lambda: schedules.linear(0.0, 1.0, 0), "steps must be positive; got 0"),
+    "cosine steps": (lambda: schedules.cosine(1.0, -3), "steps must be positive; got -3"),
+    "power": (lambda: schedules.polynomial_decay_to_zero(1.0, 5, power=0.0), "power must be positive; got 0.0"),
+    "rate": (lambda: schedules.exponential(1.0, 5, -0.5), "rate must be positive; got -0.5"),
     "warmup": (
         lambda: schedules.warmup_stable_decay(1.0, -1, 2, 3),
         "warmup and stable must be at least 0; got warmup=-1, stable=2",
     ),
-    "decay": (lambda: schedules.warmup_stable_decay(1.0, 1, 2, 0), "decay must be positive; got decay=0"),
+    "decay": (lambda: schedules.warmup_stable_decay(1.0, 1, 2, 0), "decay must be positive; got 0"),
     "temperature": (lambda: schedules.temperature(0.0, 1.0, 5), "initial and final must be positive; got initial=0.0, final=1.0"),
     "sparsity": (lambda: schedules.cubic(0.0, 1.2, 0, 5), "initial and final must lie in [0, 1]; got initial=0.0, final=1.2"),
     "nan": (lambda: schedules.cubic(0.0, math.nan, 0, 5), "initial and final must lie in [0, 1]; got initial=0.0, final=nan"),

@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
-from jaxopt_lab import losses, nets, train
+from jaxopt_lab import data, losses, nets, train
 
 RNG = np.random.default_rng(1)
 X, Y = RNG.standard_normal((11, 4), dtype=np.float32), RNG.integers(0, 3, 11)
@@ -75,6 +76,18 @@ def test_logits_that_are_not_finite_are_wrong_by_default():
     arrays = {"x": X, "y": np.zeros(11, np.int32)}
     for broken in (np.nan, np.inf, -np.inf):
         assert train.evaluate(lambda w, x: x @ w * 0 + broken, W, arrays) == {"accuracy": 0.0}  # noqa: B023
+
+
+def test_what_is_no_model_is_named():
+    for module, way in ((nets.MLP(), "from_linen"), (nnx.Linear(4, 3, rngs=nnx.Rngs(0)), "from_nnx"), ("mlp", "from_functions")):
+        with pytest.raises(TypeError, match=rf"this {type(module).__name__} becomes one by nets\.{way}\(") as error:
+            train.evaluate(module, VARIABLES, {"x": X, "y": Y})
+        assert "\n" not in str(error.value)
+
+
+def test_a_stream_without_an_end_is_refused():
+    with pytest.raises(TypeError, match="no end"):
+        train.evaluate(predict, VARIABLES, data.batches({"x": X, "y": Y}, 4, seed=0))
 
 
 def test_bad_data_is_named():

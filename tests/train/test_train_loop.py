@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxopt_lab import train
+from jaxopt_lab.train import loop as loop_module
 
 
 class Counted:
@@ -54,6 +56,7 @@ def quiet(*args, **kwargs):
 
 
 STEP = Counted()
+X = np.ones(2, np.float32)
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 4])
@@ -75,18 +78,65 @@ def test_periods_do_not_keep_it_from_measuring_or_add_steps(every):
     np.testing.assert_allclose(result.state.params, expected(0, 250), rtol=1e-4)
 
 
-def test_a_cheap_step_is_compiled_into_a_loop_and_a_dear_one_is_not():
-    stream = Stream()
-    assert quiet(STEP, start(), stream, steps=600).chunk > 1
-    assert stream.stacks
+def clock(monkeypatch, dispatch, step):
+    """Has the loop find that a call costs `dispatch` seconds, and each step in it `step` more."""
+    calls = []
+    dispatched = loop_module._Loop._dispatched
 
-    def dear(state, batch):
-        work = jax.lax.fori_loop(0, 60, lambda _, a: jnp.tanh(a @ a), jnp.full((256, 256), batch["x"][0]))
-        return state._replace(params=work[0, 0], step=state.step + 1), {}
+    def counting(self, count, out):
+        calls.append(count or 1)
+        dispatched(self, count, out)
 
+    def timed(self, work):
+        calls.clear()
+        work()
+        return sum(dispatch + step * count for count in calls)
+
+    monkeypatch.setattr(loop_module._Loop, "_dispatched", counting)
+    monkeypatch.setattr(loop_module._Loop, "_timed", timed)
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "step", "chunk", "stacked"),
+    [
+        (100e-6, 1e-6, 128, True),  # the call is what costs: many steps a call
+        (100e-6, 1.0, 1, False),  # the step is what costs: a loop is not even tried
+        (0.0, 200e-6, 1, True),  # tried, and no better
+    ],
+    ids=["cheap", "dear", "no_gain"],
+)
+def test_the_faster_loop_is_taken(monkeypatch, dispatch, step, chunk, stacked):
+    clock(monkeypatch, dispatch, step)
     stream = Stream()
-    assert quiet(dear, start(), stream, steps=12).chunk == 1
-    assert not stream.stacks
+    result = quiet(STEP, start(), stream, steps=600)
+    assert result.chunk == chunk
+    assert bool(stream.stacks) == stacked
+    np.testing.assert_allclose(result.state.params, expected(0, 600), rtol=1e-4)
+
+
+def test_a_loop_fits_between_evaluations(monkeypatch):
+    clock(monkeypatch, 100e-6, 1e-6)
+    result = quiet(STEP, start(), Stream(), steps=600, evaluate=lambda s: {"a": 1}, evaluate_every=200)
+    # Three loops at least in a period, and of one length: 200 in four.
+    assert result.chunk == 50
+
+
+def test_time_is_taken_with_the_work_done():
+    slow = loop_module._Loop.__new__(loop_module._Loop)
+    slow.state = jnp.zeros(())
+    assert slow._timed(lambda: time.sleep(0.02)) > 0.015
+
+
+def test_a_function_is_asked_once_for_each_step():
+    asked = []
+
+    def batches(step):
+        asked.append(step)
+        return {"x": np.full(5 if step % 3 == 0 else 8, step, np.float32)}
+
+    result = quiet(STEP, start(), batches, steps=40, chunk=4)
+    assert asked == list(range(40))
+    np.testing.assert_allclose(result.state.params, expected(0, 40), rtol=1e-4)
 
 
 def test_a_second_fit_compiles_nothing():
@@ -110,7 +160,7 @@ def test_evaluation_and_saving_happen_when_due():
     evaluated, saved = [], []
 
     def evaluate(state):
-        evaluated.append(int(state.step))
+        evaluated.append(state)
         return {"accuracy": np.float32(0.5)}
 
     result = quiet(
@@ -125,9 +175,9 @@ def test_evaluation_and_saving_happen_when_due():
         log_every=6,
         chunk=2,
     )
-    assert evaluated == [4, 8, 11]
-    # Copies: the loop went on to donate its own buffers.
-    assert [(int(s.step), round(float(s.params), 3)) for s in saved] == [(t, round(expected(2, t - 2), 3)) for t in (5, 10, 11)]
+    # Copies, which stay readable: the loop went on to donate its own buffers.
+    for states, steps in ((evaluated, (4, 8, 11)), (saved, (5, 10, 11))):
+        assert [(int(s.step), round(float(s.params), 3)) for s in states] == [(t, round(expected(2, t - 2), 3)) for t in steps]
     assert result.history == [
         {"step": 4, "accuracy": 0.5},
         {"step": 6, "loss": 5.0},
@@ -153,6 +203,15 @@ def test_early_stopping_returns_the_best_state(scores, maximise, min_delta, best
     assert int(result.state.step) == best
     np.testing.assert_allclose(result.state.params, expected(0, best), rtol=1e-6)
     assert result.history[-1]["step"] == last
+
+
+def test_early_stopping_is_told_which_way_is_better():
+    with pytest.raises(TypeError, match="maximise"):
+        train.EarlyStopping("loss", 3)
+    with pytest.raises(TypeError, match="positional"):
+        train.EarlyStopping("loss", 3, False)
+    assert not train.EarlyStopping("loss", 3, maximise=True).improves(0.5, 1.0)
+    assert train.EarlyStopping("loss", 3, maximise=False).improves(0.5, 1.0)
 
 
 def test_metrics_are_lines_of_json_and_a_resumed_run_does_not_count_twice(tmp_path):
@@ -221,9 +280,9 @@ def test_a_failing_stream_keeps_an_error_that_a_user_can_mend(raised, kind):
         ({"steps": 1, "log_every": 0}, "log_every must be at least 1; got 0"),
         ({"steps": 1, "evaluate_every": 0}, "evaluate_every"),
         ({"steps": 1, "chunk": 0}, "chunk"),
-        ({"steps": 1, "stop": train.EarlyStopping("a", 1)}, "'a' needs evaluate"),
+        ({"steps": 1, "stop": train.EarlyStopping("a", 1, maximise=True)}, "'a' needs evaluate"),
         (
-            {"steps": 1, "stop": train.EarlyStopping("a", 1), "evaluate": lambda s: {"b": 1}, "evaluate_every": 1},
+            {"steps": 1, "stop": train.EarlyStopping("a", 1, maximise=True), "evaluate": lambda s: {"b": 1}, "evaluate_every": 1},
             "monitors 'a', and evaluate returned b",
         ),
     ],
@@ -231,6 +290,13 @@ def test_a_failing_stream_keeps_an_error_that_a_user_can_mend(raised, kind):
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         quiet(STEP, start(), Stream(), **arguments)
+
+
+@pytest.mark.parametrize("batches", [[{"x": X}], iter([{"x": X}]), {"x": X}], ids=["list", "iterator", "arrays"])
+def test_batches_that_are_no_function_are_refused(batches):
+    with pytest.raises(TypeError, match=rf"batches\(step\) -> batch; got {type(batches).__name__}, .*lambda step:") as error:
+        quiet(STEP, start(), batches, steps=1)
+    assert "\n" not in str(error.value)
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys):

@@ -1,0 +1,1 @@
+"""The mathematics of compression, on bare arrays: nothing here knows of leaves, trees or models."""

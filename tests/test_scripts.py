@@ -1,0 +1,105 @@
+"""The benchmarks run, small, and print a line of JSON a case; and the versions that are declared are those that are pinned."""
+
+import importlib.util
+import json
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "scripts"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def benchmark(monkeypatch, capsys):
+    """Runs a script in this process, compiling in a hurry, and gives what it printed, line by line."""
+
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
+        jax.config.update("jax_disable_most_optimizations", True)
+        try:
+            module.main()
+        finally:
+            jax.config.update("jax_disable_most_optimizations", False)
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    return run
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SCRIPTS.glob("benchmark_*.py")))
+def test_help(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        load(name).main()
+    assert not stop.value.code
+    assert "usage: " in capsys.readouterr().out
+
+
+def test_the_loop(benchmark):
+    rows = benchmark(load("benchmark_loop"), "--steps", "3", "--repeats", "1")
+    assert [row["name"] for row in rows] == ["mlp_32_digits_batch_16", "lenet_28x28_batch_64"]
+    for row in rows:
+        assert row["fit_over_bare"] == pytest.approx(row["fit_steps_per_s"] / row["bare_steps_per_s"], rel=0.2)
+        assert row["spread"] == [row["fit_over_bare"]] * 2
+        assert row["chunks"] == [1]
+
+
+@pytest.mark.parametrize("arguments", [("--steps", "0"), ("--repeats", "0"), ("--cases", "resnet")])
+def test_the_loop_refuses_nonsense(benchmark, capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        benchmark(load("benchmark_loop"), *arguments)
+    assert stop.value.code == 2
+    assert arguments[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_sparsify(benchmark):
+    rows = benchmark(load("benchmark_sparsify"), "--sizes", "1000", "--repeats", "1")
+    assert {row["case"] for row in rows} >= {"adam", "between, bool masks", "between, packed masks", "mask update, global"}
+    assert rows[0]["ratio_to_adam"] == 1
+    assert all(row["ms"] > 0 for row in rows)
+
+
+def test_leaves(benchmark):
+    rows = benchmark(load("benchmark_leaves"), "--side", "64", "--batches", "1", "--repeats", "1")
+    assert {row["case"] for row in rows} >= {"float32", "lift, nothing compressed", "int8"}
+    assert rows[0]["ratio_to_float32"] == rows[0]["bytes_to_float32"] == 1
+    assert all(row["ms"] > 0 for row in rows)
+
+
+def test_imports(benchmark, monkeypatch):
+    module = load("benchmark_import")
+    # In fresh processes as it stands, but of modules that cost next to nothing.
+    monkeypatch.setattr(module, "CASES", {"base": "import json", "package": "import json; import jaxopt_lab"})
+    rows = benchmark(module, "--processes", "2")
+    assert [row["case"] for row in rows] == ["base", "package"]
+    assert rows[0]["ratio"] == 1
+    assert all(0 < row["least"] <= row["seconds"] for row in rows)
+
+
+def test_what_imports_are_timed():
+    cases = load("benchmark_import").CASES
+    assert list(cases) == ["base", "package", "sparsify"]
+    assert cases["package"] == f"{cases['base']}; import jaxopt_lab"
+    names: dict = {}
+    exec(cases["sparsify"], names)
+    assert callable(names["jaxopt_lab"].prune.sparsify)
+
+
+def test_lower_bounds_are_the_pinned_versions():
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    bounds = dict(re.fullmatch(r"([\w-]+)>=([\d.]+)(?:,<[\d.]+)?", line).groups() for line in declared)
+    assert len(bounds) == len(declared)
+    assert bounds == {name: pinned[name] for name in bounds}
