@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 import quax
 from jax.core import Tracer
 
 from jaxopt_lab.core import tree
 from jaxopt_lab.core.types import Array
 
-__all__ = ["Leaf", "checked"]
+__all__ = ["Leaf", "checked", "fills_with_nan"]
 
 
 class Leaf(quax.ArrayValue):
@@ -63,6 +64,15 @@ class Leaf(quax.ArrayValue):
     def broadcast_in_dim(self, *, shape: Sequence[int], broadcast_dimensions: Sequence[int], **params: Any) -> "Leaf | Array":
         """`lax.broadcast_in_dim(self)`."""
         return NotImplemented
+
+
+def fills_with_nan(fill_value: Any) -> bool:
+    """Whether a lookup gives NaN for what is out of bounds, as one of floats does unless it is told otherwise.
+
+    >>> fills_with_nan(None), fills_with_nan(float("nan")), fills_with_nan(0.0)
+    (True, True, False)
+    """
+    return fill_value is None or bool(np.isnan(fill_value))
 
 
 def checked(weight: Any, path: str) -> Array:

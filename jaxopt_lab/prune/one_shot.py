@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxopt_lab.core.rows import inputs
 from jaxopt_lab.core.types import Array, PyTree, Where
 from jaxopt_lab.prune.criteria import Criterion
 from jaxopt_lab.prune.distributions import Distribution
@@ -72,8 +73,7 @@ def one_shot(
 
 def _mean_gradient(apply: Callable[..., Any], loss: Callable[[Any, Any], Array], params: PyTree, batches: Iterable[Any]) -> PyTree:
     def total(params: PyTree, batch: Any) -> tuple[Array, Array]:
-        inputs = batch["x"] if isinstance(batch["x"], tuple) else (batch["x"],)
-        losses = loss(apply(params, *inputs), batch)
+        losses = loss(apply(params, *inputs(batch)), batch)
         weight = jnp.asarray(batch.get("weight", jnp.ones(losses.shape)), losses.dtype)
         return jnp.sum(jnp.where(weight != 0, weight * losses, 0)), jnp.sum(weight)
 

@@ -208,3 +208,17 @@ def test_every_leaf_and_its_optimiser_survive_the_disk(tmp_path):
         assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
     y, expected = (compress.lift(_case("mlp").apply)({"params": t["int4"]}, x) for t in (back["trees"], trees))
     np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize("leaf", ["int8 per channel", "int4", "float8", "NF4", "low rank", "clustered"])
+def test_a_lookup_of_an_embedding_never_makes_the_table_dense(leaf: str):
+    table = nn.Embed(32, 8)
+    variables = {"params": {"embedding": _normal(32, 8)}}
+    stored = LEAVES[leaf](variables, where="**/embedding")
+    program = jax.make_jaxpr(compress.lift(table.apply))(stored, jnp.arange(3))
+    whole = [v.aval for e in program.jaxpr.eqns for v in e.outvars if v.aval.shape == (32, 8) and v.aval.dtype == jnp.float32]
+    assert not whole
+    # Out of bounds is NaN, as in a table of floats.
+    rows = compress.lift(table.apply)(stored, jnp.array([1, 40]))
+    np.testing.assert_allclose(rows[0], compress.decompress(stored)["params"]["embedding"][1], rtol=1e-5)
+    assert bool(jnp.isnan(rows[1]).all())

@@ -142,15 +142,16 @@ def _spread(moment: Array, damping: float) -> Array:
         # Cholesky from the last row up, so that the factor is upper triangular.
         return jnp.flip(jnp.linalg.cholesky(jnp.flip(damped)))
 
-    def failed(state: tuple[Array, Array]) -> Array:
-        return ~jnp.isfinite(state[1]).all() & (state[0] < 1)
+    def failed(state: tuple[Array, Array, Array]) -> Array:
+        tries, _, factor = state
+        return (tries < 12) & ~jnp.isfinite(factor).all()
 
-    def again(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        more = jnp.maximum(10 * state[0], 1e-6)
-        return more, factored(more)
+    def again(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        tries, damping, _ = state
+        return tries + 1, jnp.maximum(10 * damping, 1e-6), factored(damping)
 
-    start = jnp.asarray(damping, moment.dtype)
-    _, factor = lax.while_loop(failed, again, (start, factored(start)))
+    start = jnp.zeros((), jnp.int32), jnp.asarray(damping, moment.dtype), jnp.full_like(moment, jnp.nan)
+    _, _, factor = lax.while_loop(failed, again, start)
     if not isinstance(factor, Tracer) and not bool(jnp.isfinite(factor).all()):
         raise ValueError(f"the moment {moment.shape} has no Cholesky factor: it is not that of any inputs, or holds NaN")
     return jnp.triu(factor / jnp.diagonal(factor)[None], 1)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxopt_lab.compress.arrays import affine, kmeans, packing, strips
-from jaxopt_lab.compress.leaf import Leaf, checked
+from jaxopt_lab.compress.leaf import Leaf, checked, fills_with_nan
 from jaxopt_lab.core import tree
 from jaxopt_lab.core.types import Array, PyTree, Where
 
@@ -105,7 +105,7 @@ class Clustered(Leaf):
         batched = dimension_numbers.operand_batching_dims or dimension_numbers.start_indices_batching_dims
         if len(row) != 1 or row != dimension_numbers.collapsed_slice_dims or not whole or batched:
             return NotImplemented
-        if self._channels or fill_value is not None:
+        if self._channels or not fills_with_nan(fill_value):
             return NotImplemented
         (axis,), n = row, shape[row[0]]
 

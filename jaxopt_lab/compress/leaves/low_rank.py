@@ -9,12 +9,11 @@ from typing import Any, ClassVar, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.core import ShapedArray
 
 from jaxopt_lab.compress.arrays import affine, factor
-from jaxopt_lab.compress.leaf import Leaf, checked
+from jaxopt_lab.compress.leaf import Leaf, checked, fills_with_nan
 from jaxopt_lab.core import tree
 from jaxopt_lab.core.types import Array, PyTree, Where
 
@@ -158,7 +157,7 @@ class LowRank(Leaf):
     def gather(self, indices, *, dimension_numbers, slice_sizes, fill_value, **params):
         indexed, collapsed = dimension_numbers.start_index_map, dimension_numbers.collapsed_slice_dims
         # NaN in place of what is out of bounds makes its products NaN, as in a dense table; another number would not stay itself.
-        filled = fill_value is not None and not np.isnan(fill_value)
+        filled = not fills_with_nan(fill_value)
         if not indexed or self._stacked or dimension_numbers.operand_batching_dims or filled:
             return NotImplemented
         (read, names), other = (self._rows, self._columns)[:: 1 if indexed[0] in self._rows.names else -1]

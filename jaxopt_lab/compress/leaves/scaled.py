@@ -13,7 +13,7 @@ from jax import lax
 
 from jaxopt_lab.compress.arrays import affine, packing
 from jaxopt_lab.compress.arrays.packing import Packed
-from jaxopt_lab.compress.leaf import Leaf, checked
+from jaxopt_lab.compress.leaf import Leaf, checked, fills_with_nan
 from jaxopt_lab.compress.leaves.product import product
 from jaxopt_lab.core import tree
 from jaxopt_lab.core.types import Array, PyTree, Where
@@ -174,19 +174,22 @@ class Scaled(Leaf):
             )
         shape, indexed, offsets = self.shape, dimension_numbers.start_index_map, tuple(dimension_numbers.offset_dims)
         whole = all(slice_sizes[a] == n for a, n in enumerate(shape) if a not in indexed)
-        if not whole or dimension_numbers.operand_batching_dims or fill_value is not None:
+        if not whole or dimension_numbers.operand_batching_dims or not fills_with_nan(fill_value):
             return NotImplemented
         collapsed = tuple(dimension_numbers.collapsed_slice_dims)
 
         def look_up(array: Array, at: Array = indices) -> Array:
             sizes = tuple(size if a in indexed else array.shape[a] for a, size in enumerate(slice_sizes))
-            numbers = {"dimension_numbers": dimension_numbers, "slice_sizes": sizes, "fill_value": None}
-            return lax.gather_p.bind(array, at, **numbers, **params)
+            # Codes out of bounds are whatever their dtype gives: their scale makes them NaN.
+            return lax.gather(array, at, dimension_numbers, sizes, **params)
 
         codes = _codes_at(_viewed(self.codes), indices, look_up, dimension_numbers)
 
         def scale_at(field: Array) -> Array:
             if any(field.shape[a] > 1 for a in indexed):
+                if [slice_sizes[a] for a in indexed] == [1]:
+                    (a,) = indexed
+                    return look_up(field, indices // (shape[a] // field.shape[a]))
                 for a in indexed:
                     field = jnp.repeat(field, shape[a] // field.shape[a], axis=a) if field.shape[a] > 1 else field
                 return look_up(jnp.broadcast_to(field, [shape[a] if a in indexed else m for a, m in enumerate(field.shape)]))

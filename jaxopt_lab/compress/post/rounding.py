@@ -95,8 +95,8 @@ def gptq(
     Source: Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ: accurate post-training quantization for generative pre-trained
     transformers", 2023.
     """
-    how = functools.partial(in_turn.gptq, damping=damping, activation_order=activation_order, block=block)
-    return _rounded(apply, params, batches, how, _Grid(bits, group, symmetric, scale), sequential, where, max_bytes)
+    how = _How(in_turn.gptq, (("damping", damping), ("activation_order", activation_order), ("block", block)))
+    return _rounded(apply, params, batches, how, bits, _Grid(group, symmetric, scale), sequential, where, max_bytes)
 
 
 def adaround(
@@ -138,8 +138,8 @@ def adaround(
 
     Source: Nagel et al., "Up or down? Adaptive rounding for post-training quantization", 2020.
     """
-    how = functools.partial(learned.adaround, steps=steps, learning_rate=learning_rate, strength=strength)
-    return _rounded(apply, params, batches, how, _Grid(bits, group, symmetric, scale), sequential, where, max_bytes)
+    how = _How(learned.adaround, (("steps", steps), ("learning_rate", learning_rate), ("strength", strength)))
+    return _rounded(apply, params, batches, how, bits, _Grid(group, symmetric, scale), sequential, where, max_bytes)
 
 
 def awq(
@@ -179,29 +179,15 @@ def awq(
 
     Source: Lin et al., "AWQ: activation-aware weight quantization for on-device LLM compression and acceleration", 2024.
     """
-    grid = _Grid(bits, group, symmetric, scale)
-    weights, dense, chosen, batches = _chosen(apply, params, batches, where, grid.check)
-    grid.check_groups(chosen)
+    grid = _Grid(group, symmetric, scale)
+    weights, dense, chosen, batches = _chosen(apply, params, batches, where, bits, grid)
     wanted = (matrices.SECOND, matrices.SIZE, matrices.COUNT)
     gathered = matrices.statistics(apply, dense, batches, chosen, wanted, max_bytes=max_bytes)
-
-    @functools.partial(jax.jit, static_argnums=(2, 3))
-    def search(w: Array, gathered: tuple[Array, ...], layout: Layout, bits: int) -> InputScaled:
-        moment, total, count = gathered
-
-        def one(parts: tuple[Array, Array, Array]) -> tuple:
-            w, moment, size = parts
-            by_input, _ = scaling.awq_scale(w, moment, size, lambda w: grid.round_trip(w, bits), steps=steps)
-            scaled = by_input[:, None] * wide(w)
-            scales = grid.scales(scaled, bits)
-            return by_input, affine.to_codes(scaled, *scales, bits=bits), *scales
-
-        size = layout.by_channel(total / jnp.maximum(count, 1), jnp.mean)
-        by_input, *codes = lax.map(one, (layout.matrices(w), moment, size))
-        return InputScaled(_leaf(layout, *codes, bits=bits, dtype=w.dtype), layout.channel_scale(by_input))
-
-    layouts = chosen.layouts.items()
-    return replaced(params, {path: search(weights[path], gathered.pop(path), layout, grid.of(path)) for path, layout in layouts})
+    stored = {
+        path: _searched(weights[path], gathered.pop(path), layout=layout, bits=_of(bits, path), grid=grid, steps=steps)
+        for path, layout in chosen.layouts.items()
+    }
+    return replaced(params, stored)
 
 
 def smooth(
@@ -240,15 +226,9 @@ def smooth(
     weights, dense, chosen, batches = _chosen(apply, params, batches, where)
     gathered = matrices.statistics(apply, dense, batches, chosen, (matrices.LARGEST,))
 
-    @functools.partial(jax.jit, static_argnums=2)
-    def share(w: Array, largest: Array, layout: Layout) -> tuple[Array, Array]:
-        of_w = jnp.max(jnp.abs(wide(layout.matrices(w))), axis=2)
-        x, of_w = (layout.by_channel(values, jnp.max) for values in (largest, of_w))
-        by_input = jax.vmap(lambda x, w: scaling.smooth_scale(x, w[:, None], strength))(x, of_w)
-        scale = layout.channel_scale(by_input)
-        return scale, (wide(w) * scale).astype(w.dtype)
-
-    shared = {path: share(weights[path], gathered[path][0], layout) for path, layout in chosen.layouts.items()}
+    shared = {
+        path: _shared(weights[path], gathered[path][0], layout=layout, strength=strength) for path, layout in chosen.layouts.items()
+    }
 
     def by_output(scaled: dict[str, Array]) -> dict[str, Leaf]:
         axes = {path: (*layout.stack, *layout.outputs) for path, layout in chosen.layouts.items()}
@@ -307,17 +287,10 @@ def bias_correct(
             raise ValueError(f"{path} needs a bias of shape {wanted} at {biases[path]}, but {has}; leave it out of `where`")
     gathered = matrices.statistics(apply, dense, batches, chosen, (matrices.TOTAL, matrices.COUNT))
 
-    @functools.partial(jax.jit, static_argnums=4)
-    def correct(bias: Array, w: Array, rounded: Array, gathered: tuple[Array, Array], layout: Layout) -> Array:
-        total, count = gathered
-        mean = total / jnp.maximum(count, 1)
-        shift = jax.vmap(scaling.output_shift)(layout.matrices(w), layout.matrices(rounded), mean)
-        return (wide(bias) - shift.reshape(bias.shape)).astype(bias.dtype)
-
     corrected = {}
     for path, layout in chosen.layouts.items():
         bias, rounded = stored[biases[path]], decompress({path: stored[path]})[path]
-        corrected[biases[path]] = correct(jnp.asarray(bias), weights[path], rounded, gathered[path], layout)
+        corrected[biases[path]] = _corrected(jnp.asarray(bias), weights[path], rounded, gathered[path], layout=layout)
     return replaced(compressed, corrected)
 
 
@@ -436,30 +409,11 @@ def rotate(params: PyTree, store: Store, key: Array, *, axis: int = -2, stacked:
 
 
 class _Grid(NamedTuple):
-    """The values that codes can stand for, of weights `[n, m]`."""
+    """The values that codes can stand for, of weights `[n, m]`. It hashes: programs are compiled once for each."""
 
-    bits: Bits
     group: int | None
     symmetric: bool
     scale: Callable[..., Any] | None
-
-    def of(self, path: str) -> int:
-        """How many bits the codes of a weight have."""
-        return self.bits[path] if isinstance(self.bits, Mapping) else self.bits
-
-    def check(self, paths: Iterable[str]) -> None:
-        """Raises a ValueError unless every weight has bits that are in range."""
-        for path in paths:
-            if isinstance(self.bits, Mapping) and path not in self.bits:
-                raise ValueError(f"{path} has no entry in bits; give one, or leave it out of `where`")
-            affine.code_range(self.of(path), self.symmetric)
-
-    def check_groups(self, chosen: Matrices) -> None:
-        """Raises a ValueError unless groups divide the last input axis of every weight."""
-        for path, layout in chosen.layouts.items():
-            along = layout.inputs[-1] if layout.inputs else None
-            if self.group is not None and (along is None or self.group < 1 or layout.shape[along] % self.group):
-                raise ValueError(f"{path} of shape {layout.shape}: group={self.group} does not divide its axis {along}, of inputs")
 
     def scales(self, w: Array, bits: int) -> tuple[Array, Array | None]:
         choose = self.scale or (affine.choose_scale if self.symmetric else affine.choose_scale_and_zero)
@@ -473,52 +427,107 @@ class _Grid(NamedTuple):
         return affine.from_codes(affine.to_codes(w, scale, zero_point, bits), scale, zero_point, scale.dtype)
 
 
+class _How(NamedTuple):
+    """`(w, moment, scale, zero_point, bits=..., **options) -> codes`, and its options."""
+
+    round: Callable[..., Array]
+    options: tuple[tuple[str, Any], ...]
+
+
+def _of(bits: Bits, path: str) -> int:
+    return bits[path] if isinstance(bits, Mapping) else bits
+
+
 def _chosen(
     apply: Callable[..., Any],
     params: PyTree,
     batches: Iterable[Any],
     where: Where,
-    check: Callable[[Iterable[str]], Any] = list,
+    bits: Bits = 8,
+    grid: _Grid | None = None,
 ) -> tuple[dict[str, Array], PyTree, Matrices, Iterable[Any]]:
     """The chosen weights, the dense tree, what its products make of them, and the batches, whose first has been looked at."""
     weights = {path: checked(leaf, path) for path, leaf in tree.selected(params, where).items()}
-    check(weights)
+    for path in weights:
+        if isinstance(bits, Mapping) and path not in bits:
+            raise ValueError(f"{path} has no entry in bits; give one, or leave it out of `where`")
+        affine.code_range(_of(bits, path))
     dense = decompress(params)
     inputs, batches = matrices.first_of(batches)
-    return weights, dense, matrices.as_matrices(apply, dense, inputs, weights), batches
+    chosen = matrices.as_matrices(apply, dense, inputs, weights)
+    group = None if grid is None else grid.group
+    for path, layout in chosen.layouts.items() if group is not None else ():
+        along = layout.inputs[-1] if layout.inputs else None
+        if along is None or group < 1 or layout.shape[along] % group:
+            raise ValueError(f"{path} of shape {layout.shape}: group={group} does not divide its axis {along}, of inputs")
+    return weights, dense, chosen, batches
 
 
 def _rounded(
     apply: Callable[..., Any],
     params: PyTree,
     batches: Iterable[Any],
-    how: Callable[..., Array],
+    how: _How,
+    bits: Bits,
     grid: _Grid,
     sequential: bool,
     where: Where,
     max_bytes: int | None,
 ) -> PyTree:
-    """The tree with the codes that `how(w, moment, scale, zero_point, bits=...)` chooses for each weight."""
-    weights, dense, chosen, batches = _chosen(apply, params, batches, where, grid.check)
-    grid.check_groups(chosen)
+    """The tree with the codes that `how` chooses for each weight."""
+    weights, dense, chosen, batches = _chosen(apply, params, batches, where, bits, grid)
     if sequential and iter(batches) is batches:
         raise ValueError("sequential=True goes over the batches once for each weight, but `batches` is an iterator: pass a list")
-
-    @functools.partial(jax.jit, static_argnums=(2, 3))
-    def choose(w: Array, moment: Array, layout: Layout, bits: int) -> Quantized:
-        def one(parts: tuple[Array, Array]) -> tuple:
-            scales = grid.scales(parts[0], bits)
-            return how(*parts, *scales, bits=bits), *scales
-
-        return _leaf(layout, *lax.map(one, (layout.matrices(w), moment)), bits=bits, dtype=w.dtype)
-
     stored: dict[str, Leaf] = {}
     for paths in [[path] for path in chosen.layouts] if sequential else [list(chosen.layouts)]:
         current = decompress(replaced(dense, stored))
         gathered = matrices.statistics(apply, current, batches, chosen, (matrices.SECOND,), paths=paths, max_bytes=max_bytes)
         for path in paths:
-            stored[path] = choose(weights[path], *gathered.pop(path), chosen.layouts[path], grid.of(path))
+            (moment,), layout = gathered.pop(path), chosen.layouts[path]
+            stored[path] = _coded(weights[path], moment, layout=layout, bits=_of(bits, path), grid=grid, how=how)
     return replaced(params, stored)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "bits", "grid", "how"))
+def _coded(w: Array, moment: Array, *, layout: Layout, bits: int, grid: _Grid, how: _How) -> Quantized:
+    def one(parts: tuple[Array, Array]) -> tuple:
+        scales = grid.scales(parts[0], bits)
+        return how.round(*parts, *scales, bits=bits, **dict(how.options)), *scales
+
+    return _leaf(layout, *lax.map(one, (layout.matrices(w), moment)), bits=bits, dtype=w.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "bits", "grid", "steps"))
+def _searched(w: Array, gathered: tuple[Array, ...], *, layout: Layout, bits: int, grid: _Grid, steps: int) -> InputScaled:
+    moment, total, count = gathered
+
+    def one(parts: tuple[Array, Array, Array]) -> tuple:
+        w, moment, size = parts
+        by_input, _ = scaling.awq_scale(w, moment, size, lambda w: grid.round_trip(w, bits), steps=steps)
+        scaled = by_input[:, None] * wide(w)
+        scales = grid.scales(scaled, bits)
+        return by_input, affine.to_codes(scaled, *scales, bits=bits), *scales
+
+    size = layout.by_channel(total / jnp.maximum(count, 1), jnp.mean)
+    by_input, *codes = lax.map(one, (layout.matrices(w), moment, size))
+    return InputScaled(_leaf(layout, *codes, bits=bits, dtype=w.dtype), layout.channel_scale(by_input))
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "strength"))
+def _shared(w: Array, largest: Array, *, layout: Layout, strength: float) -> tuple[Array, Array]:
+    """The scale of `smooth`, and the weight multiplied by it."""
+    of_w = jnp.max(jnp.abs(wide(layout.matrices(w))), axis=2)
+    x, of_w = (layout.by_channel(values, jnp.max) for values in (largest, of_w))
+    scale = layout.channel_scale(jax.vmap(lambda x, w: scaling.smooth_scale(x, w[:, None], strength))(x, of_w))
+    return scale, (wide(w) * scale).astype(w.dtype)
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _corrected(bias: Array, w: Array, rounded: Array, gathered: tuple[Array, Array], *, layout: Layout) -> Array:
+    total, count = gathered
+    mean = total / jnp.maximum(count, 1)
+    shift = jax.vmap(scaling.output_shift)(layout.matrices(w), layout.matrices(rounded), mean)
+    return (wide(bias) - shift.reshape(bias.shape)).astype(bias.dtype)
 
 
 def _leaf(layout: Layout, codes: Array, scale: Array, zero_point: Array | None, *, bits: int, dtype: Any) -> Quantized:
