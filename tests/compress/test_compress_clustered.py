@@ -40,7 +40,8 @@ def _leaf(*shape: int, k: int = 16, axis: int = -2, zero: bool = False, dtype=jn
 
 @pytest.mark.parametrize(("k", "weighted"), [(16, False), (5, True)])
 def test_k_means_equals_that_of_scikit_learn_from_the_same_start(k, weighted):
-    # No cluster of the linear start is empty on these: scikit-learn moves an empty one far off, ours stays for what may come.
+    # No cluster of the linear start is empty on these: one that is, scikit-learn moves to the farthest weight, and ours to the
+    # widest cluster.
     w, mass = jnp.tanh(_normal(40, 40)), jax.random.uniform(jax.random.key(1), (40, 40)) if weighted else None
     ours = _k_means(w, k, mass, iterations=200)
     start = np.linspace(w.min(), w.max(), k)[:, None]
