@@ -98,6 +98,8 @@ def checked(weight: Any, path: str) -> Array:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{path} has dtype {dtype}; only floating-point weights are compressed: leave it out of `where`")
     weight = jnp.asarray(weight)
-    if not isinstance(weight, Tracer) and not bool(jnp.isfinite(weight).all()):
+    finite = jnp.isfinite(weight).all()
+    # Under jit even what is computed of a constant may be traced.
+    if not isinstance(finite, Tracer) and not bool(finite):
         raise ValueError(f"{path} of shape {weight.shape} holds NaN or infinite weights, which cannot be compressed")
     return weight
