@@ -151,6 +151,22 @@ class StaticQuantized(IntegerProduct):
     def fits(self, batch):
         return all(n == 1 for a, n in enumerate(self.input_scale.shape) if a not in batch)
 
+    def product(self, x, dimension_numbers, precision, dtype, **params):
+        (summed, contract), (shared, batch) = dimension_numbers
+        layers = [a for a, n in enumerate(self.input_scale.shape) if n > 1 and a not in (*contract, *batch)]
+        if not layers or params.get("out_sharding") is not None:
+            return super().product(x, dimension_numbers, precision, dtype, **params)
+        # Stacked layers that meet the same activations round them each in its own range: a product with batch axes more.
+        more, own = len(layers), own_axes(self.ndim, dimension_numbers)
+        x = jnp.broadcast_to(x, (*(self.codes.shape[a] for a in layers), *x.shape))
+        numbers = (
+            (tuple(a + more for a in summed), contract),
+            ((*range(more), *(a + more for a in shared)), (*layers, *batch)),
+        )
+        out = super().product(x, numbers, precision, dtype, **params)
+        outer, rest = out.ndim - len(own) + more, [a for a in own if a not in layers]
+        return lax.transpose(out, (*range(more, outer), *(layers.index(a) if a in layers else outer + rest.index(a) for a in own)))
+
     def rounding(self, x, rows, batch):
         def laid(field: Array) -> Array:
             others = [a for a in range(field.ndim) if a not in batch]

@@ -149,10 +149,11 @@ def _by_strips(how: Product, count: int, unit: int, x: Array, leaf: Any) -> Arra
 def _cut(leaf: Any) -> tuple[int, int]:
     """In how many strips a weight is decoded, and how many neighbours stay together; `(1, 1)` where it is small, or comes out odd.
 
-    Rows that stay together are read faster. Strips of what lies apart leave a part to every device of a sharded weight.
+    Up to 16 rows that stay together are read faster, a third at one row of input. Not more: strips of what lies apart leave a part
+    to every device of a sharded weight.
     """
     n, most = leaf.shape[0], math.prod(leaf.shape) // _STRIP
-    units = [leaf.unit * 2**k for k in range(5) if n % (leaf.unit * 2**k) == 0]
+    units = [unit for k in range(5) if n % (unit := leaf.unit * 2**k) == 0 and (k == 0 or unit <= 16)]
     found = [(count, unit) for unit in units if (count := _divisor(n // unit, most)) * 4 >= most >= 4]
     return max(found, default=(1, 1))
 
