@@ -1,13 +1,13 @@
 """Compressed leaves: parameters that store fewer bytes, and `lift`, the same function on a compressed tree.
 
-    arrays      the mathematics, on bare arrays
-    leaf        what a leaf is; rules and trace hand JAX's primitives to its methods
-    leaves      a file each: the leaf, and the function that puts it into a tree
-    lift        the same function on a compressed tree, and the ways out
-    training    any optimiser on leaves: what trains, what decays, what a schedule moves
-    post        for models that are trained already: calibration and rounding by a few batches
-    budget      which form each weight takes, under a budget of bytes
-    storage     how small it gets once entropy-coded
+arrays      the mathematics, on bare arrays
+leaf        what a leaf is; rules and trace hand JAX's primitives to its methods
+leaves      a file each: the leaf, and the function that puts it into a tree
+lift        the same function on a compressed tree, and the ways out
+training    any optimiser on leaves: what trains, what decays, what a schedule moves
+post        for models that are trained already: calibration and rounding by a few batches
+budget      which form each weight takes, under a budget of bytes
+storage     how small it gets once entropy-coded
 """
 
 from jaxopt_lab.compress.arrays import kmeans, observers
