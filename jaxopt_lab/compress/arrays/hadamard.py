@@ -1,9 +1,9 @@
 r"""Fast orthonormal rotations that spread outliers over all entries.
 
 A length :math:`n = 2^k m` with odd :math:`m` is transformed by the Kronecker product of the Walsh-Hadamard matrix of size
-:math:`2^k` and the Hartley matrix of size :math:`m`, whose entries are :math:`(\cos \theta + \sin \theta) / \sqrt m`, :math:`\theta
-= 2 \pi i j / m`. Both are symmetric and orthonormal, so the transform is its own inverse, and no entry of it exceeds :math:`\sqrt{2
-/ n}`.
+:math:`2^k` and the Hartley matrix of size :math:`m`, whose entries are :math:`(\cos \theta + \sin \theta) / \sqrt m` with
+:math:`\theta = 2 \pi i j / m`. Both are symmetric and orthonormal, so the transform is its own inverse, and no entry of it exceeds
+:math:`\sqrt{2 / n}`.
 """
 
 import jax
@@ -45,7 +45,7 @@ def transform(x: Array, axis: int = -1) -> Array:
     for start in range(0, power, _LARGEST):
         # The first axis is summed and comes back as the last: after all factors they are in order again.
         factor = _walsh(min(_LARGEST, power - start))
-        cut = y.reshape(*y.shape[:-1], len(factor), -1)
+        cut = y.reshape(*y.shape[:-1], len(factor), y.shape[-1] // len(factor))
         numbers = (((cut.ndim - 2,), (0,)), ((), ()))
         y = lax.dot_general(cut, jnp.asarray(factor, y.dtype), numbers, precision=lax.Precision.HIGHEST).reshape(y.shape)
     return jnp.moveaxis(jnp.swapaxes(y, -1, -2).reshape(shape), -1, axis).astype(x.dtype)
