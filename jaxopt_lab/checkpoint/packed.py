@@ -173,7 +173,7 @@ def _arrays(structure: Any, payload: memoryview) -> list[Any]:
         shapes[planes[0]][static["axis"]] = static["width"]
         for i in planes[1:]:
             shapes[i], stored[i] = [0], [storage.Section(False, b"")]
-    arrays = storage.from_sections(stored, [tuple(shape) for shape in shapes], dtypes)
+    arrays: list[Any] = storage.from_sections(stored, [tuple(shape) for shape in shapes], dtypes)
     for planes, static in together:
         packed = packing.pack(arrays[planes[0]], static["bits"], static["axis"])
         for i, plane in zip(planes, packed.planes, strict=True):
@@ -187,7 +187,7 @@ def _dtype(name: Any) -> np.dtype:
         dtype = jnp.dtype(name)
     except TypeError:
         dtype = np.dtype(object)
-    if str(dtype) != name or not (dtype.kind == "b" or jnp.issubdtype(dtype, np.number)):
+    if str(dtype) != name or not dtype.isnative or not (dtype.kind == "b" or jnp.issubdtype(dtype, np.number)):
         raise ValueError(f"{str(name)[:40]!r} is no dtype of an array")
     return dtype
 

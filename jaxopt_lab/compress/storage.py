@@ -78,8 +78,10 @@ def from_sections(
     """
     counts = [int(np.prod(shape, dtype=object)) for shape in shapes]
     for sections, count, dtype in zip(stored, counts, dtypes, strict=True):
-        whole = count * dtype.itemsize if len(sections) == 1 else count
-        if len(sections) not in (1, dtype.itemsize) or any(len(s.data) != whole for s in sections if not s.coded):
+        apart = len(sections) == dtype.itemsize
+        whole = count if apart else count * dtype.itemsize
+        fits = apart or (len(sections) == 1 and not sections[0].coded)
+        if not fits or any(len(s.data) != whole for s in sections if not s.coded):
             raise ValueError(f"{len(sections)} sections are not {count} numbers of {dtype}")
     coded = [(s.data, count) for sections, count in zip(stored, counts, strict=True) for s in sections if s.coded]
     decoded = iter(entropy.decode(coded))

@@ -41,6 +41,7 @@ LEAVES = {
     "static": lambda p: static(p, dict.fromkeys(tree.paths(p), (-1.5, 2.0))),
     "static, symmetric": lambda p: static(p, dict.fromkeys(tree.paths(p), (-2.0, 1.5)), symmetric=True),
 }
+_LEAVES = ["dynamic", "static", pytest.param("static, symmetric", marks=pytest.mark.slow)]
 ROUNDED = {
     "dynamic": _rounded_by_row,
     "static": lambda x, rows: _rounded_in_range(x, -1.5, 2.0),
@@ -86,17 +87,22 @@ PRODUCTS = [
 ]
 
 
-@pytest.mark.parametrize("name", LEAVES)
+@pytest.mark.parametrize("name", _LEAVES)
 def test_every_layout_of_a_product_is_that_of_what_was_rounded(name):
     for x_shape, w_shape, numbers in PRODUCTS:
         (summed, contract), (shared, batch) = numbers
         x, w = _normal(*x_shape, seed=3), _normal(*w_shape)
         own = next(a for a in reversed(range(w.ndim)) if a not in (*contract, *batch))
-        stored = LEAVES[name](quantize({"kernel": w}, axis=(*batch, own)))["kernel"]
-        right = compress.lift(lambda w, x, numbers=numbers: lax.dot_general(x, w, numbers))
-        left = compress.lift(lambda w, x, n=(numbers[0][::-1], numbers[1][::-1]): lax.dot_general(w, x, n))
+
+        @_jit
+        def run(w, x, numbers=numbers, axis=(*batch, own)):
+            stored = LEAVES[name](quantize({"kernel": w}, axis=axis))["kernel"]
+            right = compress.lift(lambda w, x: lax.dot_general(x, w, numbers))
+            left = compress.lift(lambda w, x: lax.dot_general(w, x, (numbers[0][::-1], numbers[1][::-1])))
+            return right(stored, x), left(stored, x), stored.materialise()
+
+        got, turned, dense = run(w, x)
         rounded = ROUNDED[name](np.asarray(x), [a for a in range(x.ndim) if a not in summed])
-        got, turned, dense = _jit(lambda w, x, a=right, b=left: (a(w, x), b(w, x), w.materialise()))(stored, x)
         np.testing.assert_allclose(got, lax.dot_general(jnp.asarray(rounded), dense, numbers), rtol=1e-5, atol=1e-5)
         # From the left the two groups of free axes have changed places.
         rows, batches = x.ndim - len(summed) - len(shared), len(batch)
@@ -104,13 +110,13 @@ def test_every_layout_of_a_product_is_that_of_what_was_rounded(name):
         np.testing.assert_allclose(turned.transpose(order), got, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", LEAVES)
+@pytest.mark.parametrize("name", _LEAVES)
 @pytest.mark.parametrize("spec", [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NHWC")])
 def test_a_convolution_is_that_of_what_was_rounded(name, spec):
     channels_first = spec[0] == "NCHW"
     x = _normal(2, 4, 6, 6, seed=1) if channels_first else _normal(2, 6, 6, 4, seed=1)
     w = _normal(6, 2, 3, 3) if channels_first else _normal(3, 3, 2, 6)
-    stored = LEAVES[name](quantize({"kernel": w}, axis=0 if channels_first else -1))["kernel"]
+    stored = _jit(lambda p: LEAVES[name](quantize(p, axis=0 if channels_first else -1)))({"kernel": w})["kernel"]
 
     def convolve(w, x):
         return lax.conv_general_dilated(x, w, (1, 2), "SAME", dimension_numbers=spec, feature_group_count=2)
@@ -122,7 +128,7 @@ def test_a_convolution_is_that_of_what_was_rounded(name, spec):
 
 
 def test_the_product_itself_runs_on_integers():
-    stored = dynamic({"kernel": _normal(8, 4)}) | dynamic({"filters": _normal(3, 3, 2, 4)}, "filters")
+    stored = _jit(functools.partial(dynamic, where="*"))({"kernel": _normal(8, 4), "filters": _normal(3, 3, 2, 4)})
     numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 
     def apply(p, x):
@@ -133,10 +139,10 @@ def test_the_product_itself_runs_on_integers():
     assert "i8[4,8]" in text, "the summed axis is stored last"
 
 
-@pytest.mark.parametrize("name", LEAVES)
+@pytest.mark.parametrize("name", _LEAVES)
 def test_the_gradient_is_that_of_the_dense_product(name):
     x, cotangent = _normal(3, 6, seed=1), _normal(3, 4, seed=2)
-    stored = LEAVES[name]({"kernel": _normal(6, 4)})
+    stored = _jit(LEAVES[name])({"kernel": _normal(6, 4)})
     loss = lambda apply: lambda p, x: jnp.sum(apply(p, x) * cotangent)  # noqa: E731
     grads = _jit(jax.grad(loss(compress.lift(_times)), argnums=(0, 1), allow_int=True))(stored, x)
     dense = compress.decompress(stored)
@@ -151,7 +157,7 @@ def test_the_gradient_is_that_of_the_dense_product(name):
 
 
 def test_the_gradient_of_a_convolution_is_that_of_the_dense_one():
-    x, stored = _normal(2, 5, 5, 2, seed=1), dynamic({"kernel": _normal(3, 3, 2, 4)})
+    x, stored = _normal(2, 5, 5, 2, seed=1), _jit(dynamic)({"kernel": _normal(3, 3, 2, 4)})
     numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 
     def loss(apply):
@@ -180,11 +186,11 @@ def test_earlier_layers_train_through_it():
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("name", LEAVES)
+@pytest.mark.parametrize("name", _LEAVES)
 def test_the_error_is_small_and_rows_do_not_meet(name):
     x = jnp.clip(_normal(5, 64, seed=1), -1.5, 1.5)
     params = {"kernel": _normal(64, 16)}
-    stored, lifted = LEAVES[name](params), _jit(compress.lift(_times))
+    stored, lifted = _jit(LEAVES[name])(params), _jit(compress.lift(_times))
     got, want = lifted(stored, x), _times(params, x)
     assert float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 0.02
     # Alone, a row has another path to the same sums; so it has among others that are a thousand times larger.
@@ -205,15 +211,16 @@ def test_rows_of_zeros_and_of_nothing_finite():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_in_and_out(dtype):
     w, x = _normal(2048, 4).astype(dtype), _normal(3, 2048, seed=1).astype(dtype)
-    got = _jit(compress.lift(_times))(dynamic({"kernel": w}), x)
+    got = _jit(lambda w, x: compress.lift(_times)(dynamic({"kernel": w}), x))(w, x)
     want = x.astype(jnp.float32) @ w.astype(jnp.float32)
     assert got.dtype == dtype
     assert float(jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want)) < 0.02
 
 
-@pytest.mark.parametrize("name", LEAVES)
+@pytest.mark.parametrize("name", _LEAVES)
 def test_stacked_layers(name):
-    layers = [LEAVES[name]({"kernel": _normal(6, 6, seed=i)}) for i in range(3)]
+    make = _jit(LEAVES[name])
+    layers = [make({"kernel": _normal(6, 6, seed=i)}) for i in range(3)]
     many, x = jax.tree.map(lambda *a: jnp.stack(a), *layers), _normal(2, 6, seed=9)
     lifted = compress.lift(_times)
 
@@ -228,11 +235,12 @@ def test_stacked_layers(name):
         )
 
     outside, within, scanned = everything(many, x)
-    want = jnp.stack([lifted(layer, x) for layer in layers])
+    alone = _jit(lifted)
+    want = jnp.stack([alone(layer, x) for layer in layers])
     np.testing.assert_allclose(outside, want, rtol=1e-6)
     np.testing.assert_allclose(within, want, rtol=1e-6)
     for layer in layers:
-        x = jnp.tanh(lifted(layer, x))
+        x = jnp.tanh(alone(layer, x))
     np.testing.assert_allclose(scanned, x, rtol=1e-5, atol=1e-6)
 
 

@@ -360,22 +360,24 @@ def _scale_and_zero(low: Array, high: Array, bits: int) -> tuple[Array, Array]:
     return scale, jnp.clip(jnp.round(least - low / scale), least, largest).astype(jnp.int8)
 
 
-def _least_error(w: Array, choose: Callable[[Any], tuple], bits: int, steps: int, least: float) -> tuple:
+def _least_error(w: Array, choose: Callable[[Any], tuple[Array, ...]], bits: int, steps: int, least: float) -> Any:
     """What `choose` gives for the best factor in `[least, 1]`, for each scale by itself; 1 comes first and wins ties."""
     if steps < 1 or not 0 < least <= 1:
         raise ValueError(f"steps={steps} and least={least}: at least one factor, from 1 down to a positive one")
     wide = _wide(w)
 
-    def error(chosen: tuple) -> Array:
-        got = from_codes(to_codes(wide, *chosen, bits=bits), chosen[0], chosen[1] if len(chosen) > 1 else None, chosen[0].dtype)
-        cut, ones = _runs(wide.shape, chosen[0].shape)
+    def error(chosen: tuple[Array, ...]) -> Array:
+        scale, *zeros = chosen
+        zero_point = zeros[0] if zeros else None
+        got = from_codes(to_codes(wide, scale, zero_point, bits), scale, zero_point, scale.dtype)
+        cut, ones = _runs(wide.shape, scale.shape)
         shared = tuple(a for a, side in enumerate(ones) if side == 1)
         # In units of the full range's scale, since the square of a tiny weight underflows.
         off = divided(got - wide, unit)
-        return jnp.sum(jnp.square(off).reshape(cut), axis=shared, keepdims=True).reshape(chosen[0].shape)
+        return jnp.sum(jnp.square(off).reshape(cut), axis=shared, keepdims=True).reshape(scale.shape)
 
     first = choose(1.0)
-    unit = first[0]
+    unit, *_ = first
 
     def body(i: Array, state: tuple) -> tuple:
         best, least_error = state

@@ -49,7 +49,7 @@ def code_lengths(counts: Sequence[int] | np.ndarray, longest: int = _LONGEST) ->
     # A coin is a count, and the symbols whose coins it is made of. From the longest words up, a level has one coin a symbol and the
     # pairs of the level before; a symbol's word is as long as it has coins among the cheapest 2 k - 2 of the last.
     singles = sorted((int(counts[s]), i) for i, s in enumerate(symbols))
-    coins = [(count, (i,)) for count, i in singles]
+    coins: list[tuple[int, tuple[int, ...]]] = [(count, (i,)) for count, i in singles]
     level = coins
     for _ in range(longest - 1):
         pairs = [(a[0] + b[0], a[1] + b[1]) for a, b in zip(level[::2], level[1::2], strict=False)]

@@ -1,6 +1,10 @@
 """Weights with zeros stored without them: N of every M with their positions, or all that are not 0 with a mask of bits."""
 
+import math
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxopt_lab.compress.arrays import packing
@@ -59,24 +63,28 @@ def from_groups(values: Array, positions: Array, n: int, m: int, axis: int) -> A
     return dense.reshape(*values.shape[:at], values.shape[at] // n * m, *values.shape[at + 1 :])
 
 
-def to_mask(w: Array, size: int, axis: int = -1) -> tuple[Array, packing.Packed]:
-    """The weights that are not 0, in order, and a mask of one bit a weight.
+def to_mask(w: np.ndarray, stacked: int = 0, axis: int = -1) -> tuple[np.ndarray, packing.Packed]:
+    """The weights that are not 0, in order, and a mask of one bit a weight; on the host, since how many they are is a shape.
 
     Args:
-      w: weights `[...]` of one axis or more.
-      size: how many values are stored, at least as many as are not 0: the rest are zeros, and of no effect.
-      axis: the one along which bits share a byte; the values are in the order in which it runs fastest.
+      w: weights `[...]`, with an axis or more behind those of the stack.
+      stacked: how many leading axes have values for each index: as many as the fullest needs, the rest of them zeros.
+      axis: the one along which bits share a byte, counted from the end; the values are in the order in which it runs fastest.
 
     Returns:
-      Values `[size]`, and the packed mask.
+      Values `[..., size]`, and the packed mask.
 
-    >>> values, mask = to_mask(jnp.array([[0.0, 3.0], [4.0, 0.0]]), 2)
+    >>> values, mask = to_mask(np.array([[0.0, 3.0], [4.0, 0.0]]))
     >>> values, packing.unpack(mask).tolist()
-    (Array([3., 4.], dtype=float32), [[0, 1], [1, 0]])
+    (array([3., 4.]), [[0, 1], [1, 0]])
     """
-    flat = jnp.moveaxis(w, axis, -1).reshape(-1)
-    (where,) = jnp.nonzero(flat, size=size, fill_value=flat.shape[0])
-    return flat.at[where].get(mode="fill", fill_value=0), packing.pack((w != 0).astype(jnp.uint8), 1, axis)
+    lead, each = w.shape[:stacked], math.prod(w.shape[stacked:])
+    parts = np.moveaxis(w, axis, -1).reshape(math.prod(lead), each)
+    values = np.zeros((len(parts), max(map(np.count_nonzero, parts), default=0)), w.dtype)
+    for row, part in zip(values, parts, strict=True):
+        kept = part[part != 0]
+        row[: len(kept)] = kept
+    return values.reshape(*lead, values.shape[1]), _pack((w != 0).astype(np.uint8), 1, axis)
 
 
 def from_mask(values: Array, mask: packing.Packed) -> Array:
@@ -103,6 +111,9 @@ def from_mask(values: Array, mask: packing.Packed) -> Array:
     dense = jnp.where((rows[:, :, None] >> bit) & 1 == 1, found, 0)
     dense = dense.reshape(rows.shape[0], -1)[:, : mask.width].reshape(*plane.shape[:-1], mask.width)
     return jnp.moveaxis(dense, -1, mask.axis)
+
+
+_pack = jax.jit(packing.pack, static_argnums=(1, 2))
 
 
 def _split(x: Array, at: int, m: int) -> Array:

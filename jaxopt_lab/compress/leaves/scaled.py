@@ -112,8 +112,8 @@ class Scaled(Leaf):
         """How many neighbours along the first axis of what is stored must stay together, since they share bytes or scales."""
         n = self.codes.shape[0]
         runs = [n // field.shape[0] for field in self.fields().values() if field.shape[0] > 1]
-        packed = isinstance(self.codes, Packed) and self.codes.axis == -self.ndim
-        return math.lcm(*runs, self.codes.per_byte if packed else 1)
+        codes = self.codes
+        return math.lcm(*runs, codes.per_byte if isinstance(codes, Packed) and codes.axis == -codes.ndim else 1)
 
     def strips(self, count: int, unit: int) -> Callable[[Any], tuple[Array, dict[str, Array]]]:
         """A function of a number below `count`, which gives that strip's codes and fields as `decode` takes them.
@@ -331,13 +331,15 @@ def _swapped(leaf: Any) -> Any:
 
 
 def _unpacked(codes: Array | Packed) -> Array:
-    return packing.unpack(codes) if isinstance(codes, Packed) else _viewed(codes)
+    plain = _viewed(codes)
+    return packing.unpack(plain) if isinstance(plain, Packed) else plain
 
 
 def _viewed(codes: Array | Packed) -> Array | Packed:
     """Floats of eight bits as their bits: on a CPU, XLA would widen the whole array before it cuts or gathers any of it."""
-    narrow = not isinstance(codes, Packed) and codes.dtype.itemsize == 1 and jnp.issubdtype(codes.dtype, jnp.floating)
-    return lax.bitcast_convert_type(codes, jnp.uint8) if narrow else codes
+    if isinstance(codes, Packed) or codes.dtype.itemsize > 1 or not jnp.issubdtype(codes.dtype, jnp.floating):
+        return codes
+    return lax.bitcast_convert_type(codes, jnp.uint8)
 
 
 def _places(old: Sequence[int], new: Sequence[int]) -> list[int | None]:
@@ -361,7 +363,7 @@ def _codes_at(codes: Array | Packed, indices: Array, look_up: Callable[..., Arra
         kept = [a for a in range(codes.ndim) if a not in collapsed]
         places = [offsets[kept.index(a)] if a in kept else None for a in range(codes.ndim)]
         found = packing.moved(codes, look_up, places)
-        return look_up(packing.unpack(codes)) if found is None else packing.unpack(found)
+        return packing.unpack(found) if isinstance(found, Packed) else look_up(packing.unpack(codes))
     if tuple(indexed) != (packed,) or packed not in collapsed:
         return look_up(packing.unpack(codes))
     ndim = indices.ndim - 1 + len(offsets)
