@@ -16,6 +16,7 @@ The floors, each of which imports only lower ones (a test walks the imports):
     1  prune         criterion x distribution x pattern, and the wrapper `sparsify`
     1  compress      compressed leaves, and `lift`: the same function on a compressed tree; calibration, rounding, training
     1  nets          Flax modules with width and depth as fields, and the `Model` pair
+    2  surgery       the same function in another shape: BatchNorm folded into the weights before it
     2  checkpoint    trees on Orbax with a manifest, restored without a target
     2  data          arrays, data sets, batches as f(seed, step)
     3  train         state, step, loop, evaluation
@@ -47,6 +48,7 @@ __all__ = [
     "regularize",
     "report",
     "schedules",
+    "surgery",
     "tracing",
     "train",
     "tree",
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
         regularize,
         report,
         schedules,
+        surgery,
         train,
     )
     from jaxopt_lab.core import numerics, tracing, tree

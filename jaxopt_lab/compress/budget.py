@@ -1,15 +1,18 @@
 """Which form each weight is stored in, so that the whole fits into so many bytes and the loss grows least."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_lab.compress.leaves.quantized import quantize
 from jaxopt_lab.compress.lift import decompress
 from jaxopt_lab.core import tree
+from jaxopt_lab.core.checks import require
 from jaxopt_lab.core.types import Array, PyTree, Where
 
 __all__ = ["Allocation", "allocate", "allocate_bits"]
@@ -37,7 +40,13 @@ class Allocation(NamedTuple):
 
 
 def allocate(
-    loss: Callable[[PyTree], Array], params: PyTree, nbytes: int, forms: Sequence[Form], where: Where = "**/kernel"
+    loss: Callable[[PyTree], Array],
+    params: PyTree,
+    nbytes: int,
+    forms: Sequence[Form],
+    where: Where = "**/kernel",
+    *,
+    at_once: int = 1,
 ) -> Allocation:
     r"""Chooses a form for every weight under a budget of bytes, by what each alone does to the loss.
 
@@ -45,7 +54,8 @@ def allocate(
               \sum_l \mathrm{bytes}(f_l(w_l)) \le B
 
     The sum stands for the loss of all together, to which it is equal as far as the errors of different weights do not meet. The
-    choice is exact: an integer program. The loss is compiled once, and evaluated once a weight and form.
+    choice is exact: an integer program. The loss is compiled once, and evaluated once a weight and form, or once for several of
+    them (`at_once`), which pays where a single loss leaves the device idle.
 
     Args:
       loss: of a dense tree like `params`, over data that it holds; a finite scalar.
@@ -54,9 +64,11 @@ def allocate(
       forms: what a weight may be stored in, each a chooser of this package with all but `params` and `where` bound. Give
         `lambda params, where: params` for the dense weight, where that is allowed.
       where: which leaves (see `tree.select`).
+      at_once: over how many trees the loss is mapped by `vmap`; that many dense copies of `params` are held.
 
     Raises:
-      ValueError: no choice fits, the loss is not a finite scalar, there are no forms, or nothing matches `where`.
+      ValueError: no choice fits, the loss is not a finite scalar, there are no forms, `at_once` is not positive, or nothing matches
+        `where`.
 
     >>> import jax.numpy as jnp
     >>> params = {"a": jnp.linspace(-1.0, 1.0, 64), "b": jnp.linspace(-1.0, 1.0, 64)}
@@ -71,25 +83,24 @@ def allocate(
         raise ValueError("there are no forms to choose from")
     chosen = tree.selected(params, where)
     stored = {path: [_of(form, path, params) for form in forms] for path in chosen}
-    compiled = jax.jit(loss)
-    base = _finite(compiled(params), "of the tree as it is")
-    sensitivity = {
-        path: np.array([_finite(compiled(_with(params, path, decompress(x))), f"with {path} in form {k}") - base for k, x in rows])
-        for path, rows in ((path, list(enumerate(leaves))) for path, leaves in stored.items())
-    }
+    require(lambda n: n >= 1, "be at least 1", at_once=at_once)
+    places = [(path, k) for path in stored for k in range(len(forms))]
+    trees = (_with(params, path, decompress(stored[path][k])) for path, k in places)
+    base, *losses = _losses(loss, itertools.chain([params], trees), at_once)
+    _finite(base, "of the tree as it is")
+    for (path, k), value in zip(places, losses, strict=True):
+        _finite(value, f"with {path} in form {k}")
+    sensitivity = dict(zip(stored, np.reshape(losses, (len(stored), len(forms))) - base, strict=True))
     sizes = {path: np.array([tree.nbytes(leaf) for leaf in leaves]) for path, leaves in stored.items()}
     rest = tree.nbytes(params) - tree.nbytes(list(chosen.values()))
-    places = _choose(list(sensitivity.values()), list(sizes.values()), nbytes - rest)
-    if places is None:
+    picked = _choose(list(sensitivity.values()), list(sizes.values()), nbytes - rest)
+    if picked is None:
         least = rest + sum(int(size.min()) for size in sizes.values())
         raise ValueError(f"nbytes={nbytes}: the smallest choice of forms takes {least} bytes; allow more, or give smaller forms")
-    picked = dict(zip(chosen, places, strict=True))
-    names, leaves, treedef = tree.flatten(params)
-    whole = jax.tree.unflatten(
-        treedef, [stored[name][picked[name]] if name in picked else leaf for name, leaf in zip(names, leaves, strict=True)]
-    )
-    growth = float(sum(sensitivity[path][k] for path, k in picked.items()))
-    return Allocation(whole, picked, tree.nbytes(whole), growth, sensitivity)
+    form_of = dict(zip(chosen, picked, strict=True))
+    whole = tree.replaced(params, {path: stored[path][k] for path, k in form_of.items()})
+    growth = float(sum(sensitivity[path][k] for path, k in form_of.items()))
+    return Allocation(whole, form_of, tree.nbytes(whole), growth, sensitivity)
 
 
 def allocate_bits(
@@ -101,11 +112,12 @@ def allocate_bits(
     axis: int | tuple[int, ...] | None = -1,
     symmetric: bool = True,
     where: Where = "**/kernel",
+    at_once: int = 1,
 ) -> dict[str, int]:
     """The bits of every chosen weight under a budget of bytes: `allocate` over `quantize`, whose `bits=` takes the answer.
 
     Args:
-      loss, params, nbytes, where: as in `allocate`.
+      loss, params, nbytes, where, at_once: as in `allocate`.
       bits: what may be chosen.
       axis, symmetric: as in `quantize`.
 
@@ -119,7 +131,7 @@ def allocate_bits(
     {'a': 2, 'b': 4}
     """
     forms = [partial(quantize, bits=b, axis=axis, symmetric=symmetric) for b in bits]
-    return {path: bits[k] for path, k in allocate(loss, params, nbytes, forms, where).forms.items()}
+    return {path: bits[k] for path, k in allocate(loss, params, nbytes, forms, where, at_once=at_once).forms.items()}
 
 
 def _of(form: Form, path: str, params: PyTree) -> Any:
@@ -131,10 +143,25 @@ def _with(params: PyTree, path: str, value: Any) -> PyTree:
     return tree.map_selected(lambda leaf: value, params, where=lambda name, leaf: name == path)
 
 
-def _finite(value: Array, of: str) -> float:
-    if np.shape(value) != () or not np.isfinite(value):
-        raise ValueError(f"the loss {of} must be a finite scalar; it is {np.asarray(value)}")
-    return float(value)
+def _losses(loss: Callable[[PyTree], Array], trees: Iterable[PyTree], at_once: int) -> list[float]:
+    """The loss of each tree, by one program, so many trees at a time."""
+    compiled = jax.jit(loss if at_once == 1 else jax.vmap(loss))
+    found: list[Any] = []
+    trees = iter(trees)
+    while some := list(itertools.islice(trees, at_once)):
+        # The last ones are made up to as many as the program was compiled for.
+        full = [*some, *[some[-1]] * (at_once - len(some))]
+        values = compiled(some[0] if at_once == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *full))
+        shape = (len(full),) if at_once > 1 else ()
+        if np.shape(values) != shape:
+            raise ValueError(f"the loss must be a scalar; its shape is {np.shape(values)[len(shape) :]}")
+        found += np.reshape(values, -1)[: len(some)].tolist()
+    return found
+
+
+def _finite(value: float, of: str) -> None:
+    if not np.isfinite(value):
+        raise ValueError(f"the loss {of} must be finite; it is {value}")
 
 
 def _choose(costs: Sequence[np.ndarray], sizes: Sequence[np.ndarray], budget: int) -> list[int] | None:

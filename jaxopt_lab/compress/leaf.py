@@ -23,7 +23,8 @@ class Leaf(quax.ArrayValue):
 
     Attributes:
       trains: names of the fields that an optimiser moves; the others are frozen.
-      latent: the trained field that is a weight of the leaf's own shape, on which decay, penalties and masks act; or None.
+      latent: the trained field that is a weight of the leaf's own shape (or a leaf that has one), on which decay, penalties and
+        masks act; or None.
     """
 
     trains: ClassVar[tuple[str, ...]] = ()
@@ -32,6 +33,14 @@ class Leaf(quax.ArrayValue):
     def format(self) -> str:
         """How the leaf is stored, in a few words for a table."""
         return type(self).__name__
+
+    def stepwise(self, length: int) -> "Leaf":
+        """The leaf with every field cut into `length` parts along its first axis, one for each step of a scan over the weight's."""
+        return NotImplemented
+
+    def freeze(self) -> "Leaf":
+        """What is stored once training is over: the leaf itself, unless it trains as if it were stored in few bits."""
+        return self
 
     def dot_general(self, x: Array, *, dimension_numbers: tuple, **params: Any) -> Array:
         """`lax.dot_general(x, self)`."""

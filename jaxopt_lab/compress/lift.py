@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxopt_lab.compress import rules  # noqa: F401 (imported for its effect: it tells quax what to do)
 from jaxopt_lab.compress.trace import quaxified
+from jaxopt_lab.compress.watched import Ran, ran
 from jaxopt_lab.core import tree
 from jaxopt_lab.core.types import PyTree
 
@@ -63,6 +64,7 @@ class Stored(NamedTuple):
       nbytes: bytes as stored.
       dense_nbytes: bytes of the dense weight.
       rmse: the root mean square error against a reference; None without one.
+      ran: what a function did with it; None without one, or where nothing is compressed.
     """
 
     format: str
@@ -70,14 +72,21 @@ class Stored(NamedTuple):
     nbytes: int
     dense_nbytes: int
     rmse: float | None = None
+    ran: Ran | None = None
 
 
-def summary(params: PyTree, reference: PyTree | None = None) -> dict[str, Stored]:
-    r"""What is stored, leaf by leaf, and how far it is from a dense reference: :math:`\sqrt{\mathrm{mean}((\hat w - w)^2)}`.
+def summary(
+    params: PyTree, reference: PyTree | None = None, *, apply: Callable[..., Any] | None = None, inputs: tuple[Any, ...] = ()
+) -> dict[str, Stored]:
+    r"""What is stored, leaf by leaf; how far it is from a dense reference; and what a function does with it.
+
+    The error is :math:`\sqrt{\mathrm{mean}((\hat w - w)^2)}`.
 
     Args:
       params: a tree with compressed leaves among others.
       reference: the dense tree that `params` came from, or None for no error column.
+      apply: the function that `lift` is given, to see what of it runs on stored forms and for what they become dense; or None.
+      inputs: what it takes besides `params`; shapes and dtypes will do.
 
     Returns:
       One `Stored` for every path, in tree order.
@@ -88,7 +97,9 @@ def summary(params: PyTree, reference: PyTree | None = None) -> dict[str, Stored
     >>> from jaxopt_lab.compress.leaves.quantized import quantize
     >>> params = {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}
     >>> summary(quantize(params, where="kernel"), params)["kernel"]
-    Stored(format='int8 per channel 1', shape=(4, 2), nbytes=16, dense_nbytes=32, rmse=0.0)
+    Stored(format='int8 per channel 1', shape=(4, 2), nbytes=16, dense_nbytes=32, rmse=0.0, ran=None)
+    >>> summary(quantize(params, where="kernel"), apply=lambda p, x: x @ p["kernel"], inputs=(jnp.ones((1, 4)),))["kernel"].ran
+    Ran(native=('dot_general',), materialised=())
     """
     names, leaves, _ = tree.flatten(params)
     dense: list[Any] = [None] * len(leaves)
@@ -97,10 +108,11 @@ def summary(params: PyTree, reference: PyTree | None = None) -> dict[str, Stored
         if others != names:
             odd = sorted(set(others) ^ set(names))
             raise ValueError(f"reference has other paths than params; first of {len(odd)}: {', '.join(odd[:3])}")
-    return {name: _stored(leaf, other) for name, leaf, other in zip(names, leaves, dense, strict=True)}
+    seen = {} if apply is None else ran(apply, params, *inputs)
+    return {name: _stored(leaf, other, seen.get(name)) for name, leaf, other in zip(names, leaves, dense, strict=True)}
 
 
-def _stored(leaf: Any, reference: Any) -> Stored:
+def _stored(leaf: Any, reference: Any, seen: Ran | None) -> Stored:
     dtype = jnp.result_type(leaf.aval().dtype if tree.is_compressed(leaf) else leaf)
     shape = tuple(leaf.shape) if tree.is_compressed(leaf) else np.shape(leaf)
     rmse = None
@@ -108,4 +120,4 @@ def _stored(leaf: Any, reference: Any) -> Stored:
         error = jnp.asarray(leaf.materialise() if tree.is_compressed(leaf) else leaf) - jnp.asarray(reference)
         rmse = float(jnp.sqrt(jnp.mean(jnp.square(error.astype(jnp.float32)))))
     words = leaf.format() if tree.is_compressed(leaf) else str(dtype)
-    return Stored(words, shape, tree.nbytes(leaf), int(np.prod(shape)) * dtype.itemsize, rmse)
+    return Stored(words, shape, tree.nbytes(leaf), int(np.prod(shape)) * dtype.itemsize, rmse, seen)

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import linear_util as lu
@@ -112,6 +111,12 @@ def _dense(value: Any) -> Any:
     return value.materialise() if tree.is_compressed(value) else value
 
 
+def _stepwise(value: Any, length: int) -> Any:
+    """What a scan takes apart: a leaf whose fields have a part for each step, or an array."""
+    leaf = value.stepwise(length) if tree.is_compressed(value) else value
+    return value.materialise() if leaf is NotImplemented else leaf
+
+
 def _jit(*args: Any, jaxpr: Any, **_: Any) -> Sequence[Any]:
     return quaxified(jaxpr_as_fun(jaxpr))(*args)
 
@@ -119,8 +124,7 @@ def _jit(*args: Any, jaxpr: Any, **_: Any) -> Sequence[Any]:
 def _scan(*args: Any, jaxpr: Any, length: int, reverse: bool, unroll: int, **params: Any) -> Sequence[Any]:
     consts, carry, xs = unpack_scan_args(args, params)
     fn = quaxified(jaxpr_as_fun(jaxpr))
-    # A leaf is cut field by field, where all its fields have a part for each step.
-    xs = [value if all(np.shape(field)[:1] == (length,) for field in jax.tree.leaves(value)) else _dense(value) for value in xs]
+    xs = [_stepwise(value, length) for value in xs]
 
     def body(carry: Any, xs: Any) -> tuple:
         out = fn(*consts, *carry, *xs)

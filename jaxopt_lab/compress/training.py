@@ -1,6 +1,5 @@
 """Any Optax transform on a tree with compressed leaves: only what a leaf declares as trained is moved."""
 
-import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -176,11 +175,16 @@ def anneal(
         count = jnp.asarray(optax.safe_increment(state.count))
 
         def land(leaf: Any, change: Any) -> Any:
-            annealed = getattr(leaf, "annealed", None)
-            if annealed is None:
+            if not tree.is_compressed(leaf):
                 return change
+            annealed = getattr(leaf, "annealed", lambda *_: {})
             moved = annealed(None if amount is None else amount(count), None if bits is None else bits(count), count)
-            return dataclasses.replace(change, **{name: value - getattr(leaf, name) for name, value in moved.items()})
+            names, fields, treedef = _one_level(leaf)
+            landed = [
+                moved[name] - field if name in moved else jax.tree.map(land, field, move, is_leaf=tree.is_compressed)
+                for name, field, move in zip(names, fields, treedef.flatten_up_to(change), strict=True)
+            ]
+            return jax.tree.unflatten(treedef, landed)
 
         return jax.tree.map(land, params, updates, is_leaf=tree.is_compressed), AnnealState(count, inner_state)
 
@@ -204,15 +208,20 @@ def _rebuilt(params: PyTree, trained: PyTree, otherwise: Callable[[Any], Any]) -
     def rebuild(leaf: Any, new: Any) -> Any:
         if not tree.is_compressed(leaf):
             return new
-        one_level, treedef = jax.tree_util.tree_flatten_with_path(leaf, is_leaf=lambda node: node is not leaf)
-        names = [jax.tree_util.keystr(path, simple=True) for path, _ in one_level]
-        children = [
-            _rebuilt(child, new.fields[name], otherwise) if name in new.fields else jax.tree.map(otherwise, child)
-            for name, (_, child) in zip(names, one_level, strict=True)
+        names, fields, treedef = _one_level(leaf)
+        rebuilt = [
+            _rebuilt(field, new.fields[name], otherwise) if name in new.fields else jax.tree.map(otherwise, field)
+            for name, field in zip(names, fields, strict=True)
         ]
-        return jax.tree.unflatten(treedef, children)
+        return jax.tree.unflatten(treedef, rebuilt)
 
     return jax.tree.map(rebuild, params, trained, is_leaf=tree.is_compressed)
+
+
+def _one_level(leaf: Any) -> tuple[list[str], list[Any], Any]:
+    """Names and values of the fields of a leaf, and its structure above them."""
+    with_paths, treedef = jax.tree_util.tree_flatten_with_path(leaf, is_leaf=lambda node: node is not leaf)
+    return [jax.tree_util.keystr(path, simple=True) for path, _ in with_paths], [field for _, field in with_paths], treedef
 
 
 Origin = list[Array | None]
@@ -226,7 +235,7 @@ def _origin(trained: PyTree) -> Origin:
         leaves: Origin = []
         for name in sorted(node.fields):  # the order in which a dict is flattened
             for child in jax.tree.leaves(node.fields[name], is_leaf=tree.is_compressed):
-                leaves += of(child, name == node.latent)
+                leaves += of(child, weight and name == node.latent)
         return leaves
 
     return [at for node in jax.tree.leaves(trained, is_leaf=tree.is_compressed) for at in of(node, weight=True)]

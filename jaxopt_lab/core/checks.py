@@ -1,12 +1,13 @@
-"""One-line errors about settings that are numbers."""
+"""One-line errors that name what is wrong."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from jax.core import Tracer
 
-__all__ = ["require"]
+__all__ = ["naming", "require"]
 
 
 def require(holds: Callable[..., Any], must: str, **values: Any) -> None:
@@ -34,3 +35,21 @@ def require(holds: Callable[..., Any], must: str, **values: Any) -> None:
     if not np.all(holds(*map(np.asarray, values.values()))):
         shown = [str(value) if len(values) == 1 else f"{name}={value}" for name, value in values.items()]
         raise ValueError(f"{' and '.join(values)} must {must}; got {', '.join(shown)}")
+
+
+@contextmanager
+def naming(path: str, shape: Sequence[int] | None = None) -> Iterator[None]:
+    """Puts the path of a parameter, and perhaps its shape, before the message of a ValueError or TypeError.
+
+    >>> with naming("Dense_0/bias", (3,)):
+    ...     require(lambda rank: rank == 2, "be 2", rank=1)
+    Traceback (most recent call last):
+      ...
+    ValueError: Dense_0/bias of shape (3,): rank must be 2; got 1
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        of = "" if shape is None else f" of shape {tuple(shape)}"
+        raise kind(f"{path or 'the array'}{of}: {error}") from error

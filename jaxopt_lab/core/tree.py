@@ -20,6 +20,7 @@ from jaxopt_lab.core.types import Array, PyTree, Where
 
 __all__ = [
     "any_compressed",
+    "by_path",
     "flatten",
     "has_latent",
     "is_compressed",
@@ -29,6 +30,7 @@ __all__ = [
     "paths",
     "replace_latent",
     "replace_latents",
+    "replaced",
     "select",
     "selected",
     "size",
@@ -211,11 +213,42 @@ def map_selected(fn: Callable[..., Any], tree: PyTree, *rest: PyTree, where: Whe
     return jax.tree.map(lambda leaf, flag, *others: fn(leaf, *others) if flag else leaf, tree, flags, *rest, is_leaf=is_compressed)
 
 
+def replaced(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
+    """A tree with some of its leaves replaced, by path.
+
+    >>> replaced({"kernel": 1.0, "bias": 2.0}, {"kernel": 3.0})
+    {'bias': 2.0, 'kernel': 3.0}
+    """
+    names, old, treedef = flatten(tree)
+    return jax.tree.unflatten(treedef, [leaves.get(name, leaf) for name, leaf in zip(names, old, strict=True)])
+
+
+def by_path(name: str, given: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """A setting for each chosen leaf: the same for all, or its own from a mapping, which may leave some out.
+
+    Args:
+      name: of the setting, for the message.
+      given: a mapping by path, or anything else.
+      chosen: the chosen leaves by path.
+
+    Raises:
+      ValueError: the mapping has a path that is not chosen.
+
+    >>> by_path("rank", 4, {"a": 1.0, "b": 2.0}), by_path("rank", {"a": 3}, {"a": 1.0, "b": 2.0})
+    ({'a': 4, 'b': 4}, {'a': 3})
+    """
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(chosen, given)
+    if odd := sorted(set(given) - set(chosen)):
+        raise ValueError(f"{name} is given for {odd[0]}, which is no chosen weight; the chosen ones: {', '.join(list(chosen)[:5])}")
+    return dict(given)
+
+
 def latent(leaf: Any, path: str = "") -> Array:
     """The weight that training moves: the array itself, or the latent weight that a compressed leaf declares.
 
     A compressed leaf says which of its fields train (`trains`, a tuple of names) and which one, if any, is a weight of the
-    leaf's own shape (`latent`, a name or None). Penalties, decay and masks act on that one.
+    leaf's own shape (`latent`, a name or None). Penalties, decay and masks act on that one; where it is a leaf itself, on its own.
 
     Raises:
       TypeError: the leaf stores no latent weight (integer codes, say); the message names the path.
@@ -230,7 +263,7 @@ def latent(leaf: Any, path: str = "") -> Array:
             f"{path or 'a leaf'} is stored as {getattr(leaf, 'kind', type(leaf).__name__)}, which has no latent weight to act on; "
             "leave it out of `where`, or decompress it first"
         )
-    return getattr(leaf, leaf.latent)
+    return latent(getattr(leaf, leaf.latent), path)
 
 
 def has_latent(leaf: Any) -> bool:
@@ -241,9 +274,12 @@ def has_latent(leaf: Any) -> bool:
     >>> has_latent(jnp.ones(3))
     True
     """
-    return not is_compressed(leaf) or (
-        getattr(leaf, "latent", None) is not None and jax.tree_util.all_leaves([getattr(leaf, leaf.latent)])
-    )
+    if not is_compressed(leaf):
+        return True
+    if getattr(leaf, "latent", None) is None:
+        return False
+    held = getattr(leaf, leaf.latent)
+    return has_latent(held) if is_compressed(held) else jax.tree_util.all_leaves([held])
 
 
 def replace_latent(leaf: Any, value: Array) -> Any:
@@ -254,8 +290,10 @@ def replace_latent(leaf: Any, value: Array) -> Any:
     """
     if not is_compressed(leaf):
         return value
-    children, treedef = jax.tree_util.tree_flatten_with_path(leaf)
-    return jax.tree.unflatten(treedef, [value if _part(path[-1]) == leaf.latent else child for path, child in children])
+    children, treedef = jax.tree_util.tree_flatten_with_path(leaf, is_leaf=lambda node: node is not leaf and is_compressed(node))
+    return jax.tree.unflatten(
+        treedef, [replace_latent(child, value) if _part(path[-1]) == leaf.latent else child for path, child in children]
+    )
 
 
 def replace_latents(tree: PyTree, values: Mapping[str, Array]) -> PyTree:

@@ -5,5 +5,6 @@ from jaxopt_lab.nets.lenet import LeNet
 from jaxopt_lab.nets.mlp import MLP
 from jaxopt_lab.nets.model import Model, from_functions, from_linen, from_nnx
 from jaxopt_lab.nets.resnet import ResNet
+from jaxopt_lab.nets.transformer import VisionTransformer
 
-__all__ = ["MLP", "LeNet", "Model", "ResNet", "from_functions", "from_linen", "from_nnx", "initializers"]
+__all__ = ["MLP", "LeNet", "Model", "ResNet", "VisionTransformer", "from_functions", "from_linen", "from_nnx", "initializers"]

@@ -1,14 +1,13 @@
 """What penalties and operators share: the matrix view, norms of groups."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import jax.numpy as jnp
 
 from jaxopt_lab.core.numerics import wide
 from jaxopt_lab.core.types import Array
 
-__all__ = ["absolute", "as_matrix", "group_norms", "group_size", "in_wide", "naming"]
+__all__ = ["absolute", "as_matrix", "group_norms", "group_size", "in_wide"]
 
 
 def in_wide(operator: Callable[..., Array], x: Array, *numbers: float | Array) -> Array:
@@ -62,22 +61,6 @@ def group_size(x: Array, axis: int) -> int:
     72
     """
     return x.size // x.shape[axis] if x.size else 0
-
-
-@contextmanager
-def naming(path: str) -> Iterator[None]:
-    """Puts the path of a parameter before the message of a ValueError.
-
-    >>> with naming("Dense_0/bias"):
-    ...     as_matrix(jnp.ones(3))
-    Traceback (most recent call last):
-      ...
-    ValueError: Dense_0/bias: an array of shape (3,) is not a matrix; choose `where` to fit
-    """
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path or 'the array'}: {error}") from error
 
 
 def _others(x: Array, axis: int) -> tuple[int, ...]:

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxopt_lab.core import tree
+from jaxopt_lab.core.checks import naming
 from jaxopt_lab.core.numerics import wide
 from jaxopt_lab.core.types import Array, PyTree, Where
-from jaxopt_lab.regularize._arrays import absolute, as_matrix, group_norms, group_size, naming
+from jaxopt_lab.regularize._arrays import absolute, as_matrix, group_norms, group_size
 
 __all__ = ["elastic_net", "group_lasso", "l1", "l2", "matrices", "nuclear", "orthogonal", "spectral"]
 

@@ -16,11 +16,10 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxopt_lab.core import numerics, tree
-from jaxopt_lab.core.checks import require
+from jaxopt_lab.core.checks import naming, require
 from jaxopt_lab.core.numerics import wide
 from jaxopt_lab.core.types import Array, PyTree, Schedule, Where
 from jaxopt_lab.regularize import penalties
-from jaxopt_lab.regularize._arrays import naming
 
 __all__ = [
     "CountState",

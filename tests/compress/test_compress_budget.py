@@ -96,7 +96,20 @@ def test_what_does_not_fit_is_named():
         compress.allocate_bits(_loss, PARAMS, 100)
     with pytest.raises(ValueError, match=r"^there are no forms"):
         compress.allocate(_loss, PARAMS, 100, [])
-    with pytest.raises(ValueError, match=r"^the loss of the tree as it is must be a finite scalar"):
+    with pytest.raises(ValueError, match=r"^the loss of the tree as it is must be finite; it is inf"):
         compress.allocate_bits(lambda params: jnp.inf * params["a"]["bias"][0] ** 2, PARAMS, 10**6)
     with pytest.raises(ValueError, match=r"^nothing matches where='none'"):
         compress.allocate_bits(_loss, PARAMS, 10**6, where="none")
+    for at_once in (1, 4):
+        with pytest.raises(ValueError, match=r"^the loss must be a scalar; its shape is \(32, 4\)"):
+            compress.allocate_bits(_forward, PARAMS, 10**6, at_once=at_once)
+    with pytest.raises(ValueError, match=r"^at_once must be at least 1; got 0"):
+        compress.allocate_bits(_loss, PARAMS, 10**6, at_once=0)
+
+
+def test_losses_of_several_trees_at_once_are_the_same():
+    forms = [functools.partial(compress.quantize, bits=bits) for bits in (2, 4)]
+    alone, mapped = (compress.allocate(_loss, PARAMS, 10**6, forms, at_once=n) for n in (1, 4))
+    for path, values in alone.sensitivity.items():
+        np.testing.assert_allclose(mapped.sensitivity[path], values, rtol=1e-4, atol=1e-7)
+    assert mapped.forms == alone.forms

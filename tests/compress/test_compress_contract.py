@@ -192,6 +192,24 @@ def test_trees_stacked_for_vmap_keep_their_leaves(leaf: str):
     np.testing.assert_allclose(y, jnp.stack([apply(compress.decompress(compressed), x)] * 2), rtol=1e-5, atol=1e-5)
 
 
+def test_a_scan_takes_rows_of_a_square_weight_and_no_others():
+    """Along which axis of its fields a leaf can be cut, no shape tells."""
+    w, x = _normal(4, 4), _normal(4)
+    leaves = {name: make({"kernel": w})["kernel"] for name, make in LEAVES.items()}
+    leaves["a full rank"] = compress.LowRank(w, w)
+    halved = jnp.tile(jnp.array([1.0, 0.0, 0.0, 2.0]), (4, 1))
+    leaves["two of four"] = compress.store_n_of_m({"kernel": halved}, 2, 4, axis=-1)["kernel"]
+    leaves["rounded inputs"] = compress.dynamic({"kernel": w})["kernel"]
+
+    @_jit
+    def rows(leaves, x):
+        scanned = compress.lift(lambda w: jax.lax.scan(lambda c, row: (c, 2 * row + c), x, w)[1])
+        return {name: (scanned(leaf), 2 * leaf.materialise() + x[None]) for name, leaf in leaves.items()}
+
+    for got, want in rows(leaves, x).values():
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_every_leaf_and_its_optimiser_survive_the_disk(tmp_path):
     _, variables, x, where = _case("mlp")
     trees = {name: make(variables, where=where)["params"] for name, make in LEAVES.items()}

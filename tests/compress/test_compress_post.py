@@ -226,7 +226,8 @@ def test_convolutions_and_dense_layers_of_flax(method):
     exact, out = lifted(params, x), lifted(compressed, x)
     stored = _nearest(params, 3, where="**/Conv_0/kernel")
     nearest = lifted(_nearest(stored, 3, axis=(-2, -1), where="**/DenseGeneral_0/kernel"), x)
-    assert np.linalg.norm(out - exact) < np.linalg.norm(nearest - exact)
+    # Over eight draws 0.52 to 0.75 by GPTQ; 0.68 to 1.16 by AWQ, whose search answers for one layer at a time.
+    assert np.linalg.norm(out - exact) < {"gptq": 0.85, "awq": 1.0}[method] * np.linalg.norm(nearest - exact)
     kernels = [leaf for path, leaf in tree.selected(compressed, "**/kernel").items()]
     if method == "awq":
         assert [kernel.scale.shape for kernel in kernels] == [(1, 1, 2, 1), (3, 3, 6, 1, 1)]

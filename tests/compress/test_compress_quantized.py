@@ -103,8 +103,8 @@ def test_bytes_are_what_is_stored():
     stored = compress.quantize({"kernel": jnp.ones((10, 4)), "bias": jnp.ones(4)}, where="kernel")
     assert tree.nbytes(stored) == 40 + 4 * 4 + 4 * 4
     rows = compress.summary(stored, {"kernel": jnp.ones((10, 4)), "bias": jnp.zeros(4)})
-    assert rows["kernel"] == ("int8 per channel 1", (10, 4), 56, 160, 0.0)
-    assert rows["bias"] == ("float32", (4,), 16, 16, 1.0)
+    assert rows["kernel"][:5] == ("int8 per channel 1", (10, 4), 56, 160, 0.0)
+    assert rows["bias"][:5] == ("float32", (4,), 16, 16, 1.0)
     with pytest.raises(ValueError, match=r"reference has other paths than params; first of 1: bias"):
         compress.summary(stored, {"kernel": jnp.ones((10, 4))})
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from jaxopt_lab.core.shapes import equal_blocks
 from jaxopt_lab.core.types import Array
 
 __all__ = [
@@ -20,7 +21,6 @@ __all__ = [
     "choose_scale_and_zero",
     "code_range",
     "divided",
-    "equal_blocks",
     "from_codes",
     "levels",
     "mse_scale",
@@ -99,28 +99,6 @@ def reshaped_sides(shape: Sequence[int], sides: Sequence[int], new: Sequence[int
             run = max(run // n, 1)
         found += reversed(block)
     return tuple(found)
-
-
-def equal_blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[slice, slice]] | None:
-    """The axes of two shapes in the smallest neighbouring blocks of equal size; None where they have none.
-
-    >>> [(shape[0], shape[1]) for shape in equal_blocks((2, 3, 4), (6, 2, 2))]
-    [(slice(0, 2, None), slice(0, 1, None)), (slice(2, 3, None), slice(1, 3, None))]
-    """
-    blocks, i, j = [], 0, 0
-    while i < len(old) or j < len(new):
-        first_old, first_new = i, j
-        left, right = (old[i] if i < len(old) else 1), (new[j] if j < len(new) else 1)
-        i, j = min(i + 1, len(old)), min(j + 1, len(new))
-        while left != right:
-            if left < right and i < len(old):
-                left, i = left * old[i], i + 1
-            elif left > right and j < len(new):
-                right, j = right * new[j], j + 1
-            else:
-                return None
-        blocks.append((slice(first_old, i), slice(first_new, j)))
-    return blocks
 
 
 def code_range(bits: int, symmetric: bool = True) -> tuple[int, int]:

@@ -39,20 +39,21 @@ def straight_through_codes(w: Array, scale: Array, high: ArrayLike, *, key: Arra
     return scale * straight_through(jnp.where(inside, v, jax.lax.stop_gradient(v)), jnp.clip(codes, -high, high))
 
 
-def learned_step(w: Array, step: Array, high: ArrayLike) -> Array:
+def learned_step(w: Array, step: Array, high: ArrayLike, low: ArrayLike | None = None, *, count: int | None = None) -> Array:
     r"""Learned step size quantisation: the step has a gradient of its own.
 
-    .. math:: \hat w = s \,\lfloor \mathrm{clip}(v, -h, h) \rceil, \qquad
-              \frac{\partial \hat w}{\partial s} = g \begin{cases} \lfloor v \rceil - v & |v| \le h \\ \pm h & |v| > h \end{cases},
-              \qquad g = 1 / \sqrt{n h}
+    .. math:: \hat w = s \,\lfloor \mathrm{clip}(v, l, h) \rceil, \qquad \frac{\partial \hat w}{\partial s} = g \begin{cases}
+              \lfloor v \rceil - v & l \le v \le h \\ l & v < l \\ h & v > h \end{cases}, \qquad g = 1 / \sqrt{n h}
 
     The gradient of `w` is 1 inside the range and 0 outside. :math:`n` is the number of weights that share a step; :math:`g`
     balances the step's gradient against those of the weights.
 
     Args:
-      w: weights, shape `[...]`.
+      w: weights (or activations), shape `[...]`.
       step: positive, of the rank of `w` and broadcastable to it.
       high: the largest code; it may be traced.
+      low: the least one; :math:`-h` if not given.
+      count: :math:`n`, if it is another: of activations, those of one example.
 
     >>> jax.grad(lambda s: learned_step(jnp.array([0.6, 2.0]), s, 1).sum())(jnp.array([1.0]))
     Array([0.98994946], dtype=float32)
@@ -60,9 +61,12 @@ def learned_step(w: Array, step: Array, high: ArrayLike) -> Array:
     Source: Esser et al., "Learned step size quantization", 2020.
     """
     high = jnp.asarray(high, wide(step).dtype)
-    g = 1 / jnp.sqrt(w.size // step.size * high)
-    step = wide(step) * g + jax.lax.stop_gradient(wide(step) * (1 - g))
-    clipped = _clipped(wide(w) / step, high)
+    low = -high if low is None else jnp.asarray(low, high.dtype)
+    g = 1 / jnp.sqrt((w.size // step.size if count is None else count) * high)
+    step = straight_through(wide(step) * g, wide(step))
+    v = wide(w) / step
+    # Not `jnp.clip`, whose gradient at the bounds is one half.
+    clipped = jnp.where(v > high, high, jnp.where(v < low, low, v))
     return step * straight_through(clipped, jnp.round(clipped))
 
 
@@ -146,8 +150,3 @@ def stochastic_round(x: Array, key: Array) -> Array:
     Source: Gupta et al., "Deep learning with limited numerical precision", 2015.
     """
     return jnp.floor(x + jax.random.uniform(key, x.shape, x.dtype))
-
-
-def _clipped(v: Array, high: Array) -> Array:
-    """`v` clipped to [-high, high], with the gradient 1 inside, the bounds included, and 0 outside."""
-    return jnp.where(jnp.abs(v) <= high, v, jnp.sign(v) * high)

@@ -14,6 +14,7 @@ from jaxopt_lab.compress.arrays import affine, kmeans, packing
 from jaxopt_lab.compress.leaf import Leaf, checked, fills_with_nan
 from jaxopt_lab.compress.leaves import strips
 from jaxopt_lab.core import tree
+from jaxopt_lab.core.checks import naming
 from jaxopt_lab.core.types import Array, PyTree, Where
 
 __all__ = ["Clustered", "cluster"]
@@ -30,7 +31,8 @@ class Clustered(Leaf):
     Invariant: the codebook has an axis more than the weight, and along each of the weight's axes its length or 1.
 
     Attributes:
-      codebook: `[..., k]`, float32 or wider: `[1, ..., 1, k]` if all weights share it.
+      codebook: `[..., k]`, float32 or wider: `[1, ..., 1, k]` if all weights share it. It is a leaf itself while it trains as codes
+        of few bits (see `fake_quantize`).
       indices: of the shape of the weight, packed; or uint8 if they have eight bits.
       zero: whether the index 0 stands for exactly 0, which never trains, and the codebook begins at 1 (static).
       dense_dtype: the dtype of the weight that it stands for (static).
@@ -44,7 +46,7 @@ class Clustered(Leaf):
     coding", 2016.
     """
 
-    codebook: Array
+    codebook: Array | Leaf
     indices: packing.Packed | Array
     zero: bool = eqx.field(static=True, default=False)
     dense_dtype: Any = eqx.field(static=True, default=jnp.float32, converter=jnp.dtype)
@@ -68,7 +70,16 @@ class Clustered(Leaf):
         bits = self.indices.bits if isinstance(self.indices, packing.Packed) else 8
         channels = [str(a) for a, n in enumerate(self.codebook.shape[:-1]) if n > 1]
         where = f" per channel {'x'.join(channels)}" if channels else ""
-        return f"{self.codebook.shape[-1]} shared values{' and 0' if self.zero else ''}{where}, {bits} bits"
+        kind = f" ({self.codebook.format()})" if isinstance(self.codebook, Leaf) else ""
+        return f"{self.codebook.shape[-1]} shared values{kind}{' and 0' if self.zero else ''}{where}, {bits} bits"
+
+    def stepwise(self, length):
+        if isinstance(self.indices, packing.Packed) and self.indices.axis == -len(self.shape):
+            return NotImplemented
+        return dataclasses.replace(self, codebook=jnp.broadcast_to(self.values, (length, *self.codebook.shape[1:])))
+
+    def freeze(self):
+        return dataclasses.replace(self, codebook=self.codebook.freeze().materialise()) if isinstance(self.codebook, Leaf) else self
 
     def dot_general(self, x, **params):
         # Medians of one CPU run on two cores, 4096 x 4096 at k = 16, against a float32 weight, in strips / as a whole: 1.4 / 7.1 at
@@ -77,7 +88,7 @@ class Clustered(Leaf):
             return NotImplemented
         indices = self.indices
         unit = indices.per_byte if isinstance(indices, packing.Packed) and indices.axis == -2 else 1
-        return strips.dot_general(x, self, _strip, unit, **params)
+        return strips.dot_general(x, dataclasses.replace(self, codebook=self.values), _strip, unit, **params)
 
     def gather(self, indices, *, dimension_numbers, slice_sizes, mode, fill_value, **params):
         shape, row, offsets = self.indices.shape, dimension_numbers.start_index_map, tuple(dimension_numbers.offset_dims)
@@ -115,14 +126,14 @@ class Clustered(Leaf):
         return dataclasses.replace(self, dense_dtype=new_dtype)
 
     def transpose(self, *, permutation):
-        codebook = lax.transpose(self.codebook, (*permutation, len(permutation)))
+        codebook = lax.transpose(self.values, (*permutation, len(permutation)))
         places = [permutation.index(a) for a in range(len(permutation))]
         return self._moved(codebook, lambda array: lax.transpose(array, permutation), places)
 
     def squeeze(self, *, dimensions):
         kept = [a for a in range(len(self.shape)) if a not in dimensions]
         places = [kept.index(a) if a in kept else None for a in range(len(self.shape))]
-        return self._moved(lax.squeeze(self.codebook, dimensions), lambda array: lax.squeeze(array, dimensions), places)
+        return self._moved(lax.squeeze(self.values, dimensions), lambda array: lax.squeeze(array, dimensions), places)
 
     def broadcast_in_dim(self, *, shape, broadcast_dimensions, sharding=None, **params):
         if sharding is not None:
@@ -140,7 +151,7 @@ class Clustered(Leaf):
         for a, side in zip(broadcast_dimensions, self.codebook.shape[:-1], strict=True):
             sides[a] = side
         places = [a if n == shape[a] else None for a, n in zip(broadcast_dimensions, old, strict=True)]
-        return self._moved(self.codebook.reshape(*sides, -1), spread, places)
+        return self._moved(self.values.reshape(*sides, -1), spread, places)
 
     def reshape(self, *, new_sizes, dimensions, sharding=None, **params):
         own = max(self._channels, default=-1) + 1
@@ -148,7 +159,12 @@ class Clustered(Leaf):
             return NotImplemented
         sides = self.codebook.shape[:own] + (1,) * (len(new_sizes) - own)
         indices = _unpacked(self.indices).reshape(new_sizes)
-        return dataclasses.replace(self, codebook=self.codebook.reshape(*sides, -1), indices=indices)
+        return dataclasses.replace(self, codebook=self.values.reshape(*sides, -1), indices=indices)
+
+    @property
+    def values(self) -> Array:
+        """The codebook as an array."""
+        return self.codebook.materialise() if isinstance(self.codebook, Leaf) else self.codebook
 
     @property
     def _channels(self) -> list[int]:
@@ -158,9 +174,8 @@ class Clustered(Leaf):
     @property
     def _table(self) -> Array:
         """The values by their index."""
-        if not self.zero:
-            return self.codebook
-        return jnp.concatenate([jnp.zeros((*self.codebook.shape[:-1], 1), self.codebook.dtype), self.codebook], axis=-1)
+        values = self.values
+        return jnp.concatenate([jnp.zeros((*values.shape[:-1], 1), values.dtype), values], axis=-1) if self.zero else values
 
     def _values(self, table: Array, indices: packing.Packed | Array) -> Array:
         """The dense weights of indices `[...]` in a table `[..., k]`."""
@@ -245,10 +260,8 @@ _k_means = jax.jit(kmeans.k_means, static_argnames=("k", "start", "preserve_zero
 
 def _cluster_leaf(leaf: Any, path: str, mass: Any, axis: int | tuple[int, ...] | None, options: dict[str, Any]) -> Clustered:
     w = checked(leaf, path)
-    try:
+    with naming(path, w.shape):
         channels = affine.channel_axes(axis, w.ndim)
-    except ValueError as error:
-        raise ValueError(f"{path} of shape {w.shape}: {error}") from None
     if not w.size:
         raise ValueError(f"{path} of shape {w.shape} has no weights to cluster; leave it out of `where`")
     if mass is not None and jnp.shape(mass) != w.shape:

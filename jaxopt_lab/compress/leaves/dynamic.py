@@ -3,7 +3,7 @@
 import functools
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -13,7 +13,7 @@ from jax import lax
 from jax.core import Tracer
 
 from jaxopt_lab.compress.arrays import affine
-from jaxopt_lab.compress.leaves.product import Product, at_once, own_axes, with_gradient_of
+from jaxopt_lab.compress.leaves.product import Product, at_once, by_layer, own_axes, with_gradient_of
 from jaxopt_lab.compress.leaves.quantized import Quantized
 from jaxopt_lab.compress.leaves.scaled import store
 from jaxopt_lab.core.types import Array, PyTree, Where
@@ -26,10 +26,15 @@ class IntegerProduct(Quantized):
 
     .. math:: x w \approx s_x s_w \sum (q_x - z_x) \, q_w
 
-    The activations are rounded to int8, the sum is exact in int32, and the scales follow. The gradient passes the rounding by: it
-    is that of the product with the dense weight, so that earlier layers train. Codes are symmetric; a product over an axis that
-    carries scales cannot run so, and runs as that of a `Quantized` weight. So does all else.
+    The activations are rounded to `input_bits` bits, the sum is exact in int32, and the scales follow. The gradient passes the
+    rounding by: it is that of the product with the dense weight, so that earlier layers train. Codes are symmetric; a product over
+    an axis that carries scales cannot run so, and runs as that of a `Quantized` weight. So does all else.
+
+    Attributes:
+      input_bits: of a code of the activations, 2 to 8 (static).
     """
+
+    input_bits: int = eqx.field(static=True, kw_only=True, default=8)
 
     @abstractmethod
     def rounding(self, x: Array, rows: tuple[int, ...], batch: tuple[int, ...]) -> tuple[Array, Array | None]:
@@ -105,11 +110,12 @@ class IntegerProduct(Quantized):
 
 
 class DynamicQuantized(IntegerProduct):
-    r"""A weight of integer codes, and activations rounded to int8 as they come: each row by its own largest.
+    r"""A weight of integer codes, and activations rounded as they come: each row by its own largest.
 
-    .. math:: x w \approx s_x s_w \sum q_x q_w, \qquad s_x = \max |x| / 127
+    .. math:: x w \approx s_x s_w \sum q_x q_w, \qquad s_x = \max |x| / (2^{b-1} - 1)
 
-    over what is summed: a row is what a product sums over, or an example of a convolution. Fields as in `Quantized`.
+    over what is summed: a row is what a product sums over, or an example of a convolution. Fields as in `Quantized`, and
+    `input_bits`.
 
     >>> w = DynamicQuantized(jnp.array([[2], [-4]], jnp.int8), jnp.array([[0.5]]))
     >>> numbers = {"dimension_numbers": (((1,), (0,)), ((), ())), "precision": None, "preferred_element_type": None}
@@ -119,14 +125,14 @@ class DynamicQuantized(IntegerProduct):
     """
 
     def rounding(self, x, rows, batch):
-        return affine.choose_scale(lax.stop_gradient(x), rows), None
+        return affine.choose_scale(lax.stop_gradient(x), rows, bits=self.input_bits), None
 
     def format(self) -> str:
-        return f"{super().format()}, inputs int8 by row"
+        return f"{super().format()}, inputs int{self.input_bits} by row"
 
 
 class StaticQuantized(IntegerProduct):
-    r"""A weight of integer codes, and activations rounded to int8 in a range that is fixed beforehand.
+    r"""A weight of integer codes, and activations rounded in a range that is fixed beforehand.
 
     .. math:: x w \approx s_x s_w \sum (q_x - z_x) \, q_w, \qquad q_x = \mathrm{clip}(\mathrm{round}(x / s_x) + z_x)
 
@@ -153,20 +159,15 @@ class StaticQuantized(IntegerProduct):
         return all(n == 1 for a, n in enumerate(self.input_scale.shape) if a not in batch)
 
     def product(self, x, dimension_numbers, precision, dtype, **params):
-        (summed, contract), (shared, batch) = dimension_numbers
+        (_, contract), (_, batch) = dimension_numbers
         layers = [a for a, n in enumerate(self.input_scale.shape) if n > 1 and a not in (*contract, *batch)]
+        run = super().product
         if not layers or params.get("out_sharding") is not None:
-            return super().product(x, dimension_numbers, precision, dtype, **params)
-        # Stacked layers that meet the same activations round them each in its own range: a product with batch axes more.
-        more, own = len(layers), own_axes(self.ndim, dimension_numbers)
-        x = jnp.broadcast_to(x, (*(self.codes.shape[a] for a in layers), *x.shape))
-        numbers = (
-            (tuple(a + more for a in summed), contract),
-            ((*range(more), *(a + more for a in shared)), (*layers, *batch)),
+            return run(x, dimension_numbers, precision, dtype, **params)
+        # Stacked layers that meet the same activations round them each in its own range.
+        return by_layer(
+            layers, self.codes.shape, x, dimension_numbers, lambda x, numbers: run(x, numbers, precision, dtype, **params)
         )
-        out = super().product(x, numbers, precision, dtype, **params)
-        outer, rest = out.ndim - len(own) + more, [a for a in own if a not in layers]
-        return lax.transpose(out, (*range(more, outer), *(layers.index(a) if a in layers else outer + rest.index(a) for a in own)))
 
     def rounding(self, x, rows, batch):
         def laid(field: Array) -> Array:
@@ -177,17 +178,17 @@ class StaticQuantized(IntegerProduct):
         return laid(self.input_scale), None if self.input_zero is None else laid(self.input_zero)
 
     def kept(self, x, scale, zero_point):
-        low, high = affine.code_range(8, symmetric=zero_point is None)
+        low, high = affine.code_range(self.input_bits, symmetric=zero_point is None)
         zero = 0 if zero_point is None else zero_point.astype(scale.dtype)
         # Half a step beyond the last code still rounds to it.
         inside = (x >= (low - zero - 0.5) * scale) & (x <= (high - zero + 0.5) * scale)
         return jnp.where(inside, x, lax.stop_gradient(x))
 
     def format(self) -> str:
-        return f"{super().format()}, inputs int8 in a fixed range"
+        return f"{super().format()}, inputs int{self.input_bits} in a fixed range"
 
 
-def dynamic(params: PyTree, where: Where = "**/kernel", *, axis: int | tuple[int, ...] | None = -1) -> PyTree:
+def dynamic(params: PyTree, where: Where = "**/kernel", *, axis: int | tuple[int, ...] | None = -1, input_bits: int = 8) -> PyTree:
     """Lets the chosen weights multiply in int8: their inputs are rounded as they come, each row by its own largest.
 
     Floating-point weights are stored in int8 first; `Quantized` ones keep their codes. Two-dimensional ones whose outputs come last
@@ -198,13 +199,14 @@ def dynamic(params: PyTree, where: Where = "**/kernel", *, axis: int | tuple[int
       where: which leaves (see `tree.select`).
       axis: of weights that are not stored yet, the axis (or axes) whose every index has its own scale, as in `quantize`; it should
         not be one that products sum over.
+      input_bits: of a code of the inputs, 2 to 8; fewer than 8 are no faster.
 
     Returns:
       `params` with `DynamicQuantized` leaves.
 
     Raises:
-      ValueError: a stored weight has a zero point or groups, one that is not has an axis out of range or is not finite, or nothing
-        matches `where`.
+      ValueError: `input_bits` is out of range, a stored weight has a zero point or groups, one that is not has an axis out of range
+        or is not finite, or nothing matches `where`.
       TypeError: a chosen leaf is not a floating-point array, or is compressed otherwise.
 
     >>> dynamic({"kernel": jnp.array([[1.0, 0.5], [-2.0, 4.0]])}, "kernel")["kernel"].signed_codes()
@@ -214,7 +216,7 @@ def dynamic(params: PyTree, where: Where = "**/kernel", *, axis: int | tuple[int
     Source: Jacob et al., "Quantization and training of neural networks for efficient integer-arithmetic-only inference", 2018;
     ranges found at run time: Dettmers et al., "LLM.int8()", 2022.
     """
-    return _replaced(params, where, axis, lambda weight, path: DynamicQuantized(**weight))
+    return _replaced(params, where, axis, input_bits, lambda weight, path: DynamicQuantized(**weight))
 
 
 def static(
@@ -224,20 +226,23 @@ def static(
     *,
     axis: int | tuple[int, ...] | None = -1,
     symmetric: bool = False,
+    input_bits: int = 8,
 ) -> PyTree:
     r"""Lets the chosen weights multiply in int8: their inputs are rounded in ranges that calibration found.
 
-    .. math:: s_x = (h - l) / 255, \; z_x = \mathrm{round}(-128 - l / s_x) \quad \text{or} \quad s_x = \max(|l|, |h|) / 127
+    .. math:: s_x = \frac{h - l}{2^b - 1}, \; z_x = \mathrm{round}(-2^{b-1} - l / s_x) \quad \text{or} \quad
+              s_x = \frac{\max(|l|, |h|)}{2^{b-1} - 1}
 
     with the range from :math:`l = \min(low, 0)` to :math:`h = \max(high, 0)`.
 
     Args:
       params: any tree: parameters, the whole variables of a model, an NNX state.
       ranges: by the path of the weight, the lowest and the highest input that it meets: `{path: (low, high)}`. Paths that are not
-        chosen may be among them.
+        chosen may be among them. The ends of weights stacked along leading axes may be arrays over those.
       where: which leaves (see `tree.select`).
       axis: as in `dynamic`.
       symmetric: without a zero point: cheaper by one row, and coarser where inputs have one sign, as after a ReLU.
+      input_bits: :math:`b`, of a code of the inputs, 2 to 8; fewer than 8 are no faster.
 
     Returns:
       `params` with `StaticQuantized` leaves; floating-point and `Quantized` weights are taken as by `dynamic`.
@@ -254,31 +259,78 @@ def static(
     """
 
     def made(weight: dict[str, Any], path: str) -> StaticQuantized:
-        if path not in ranges:
-            raise ValueError("ranges has no entry for it; calibrate it, or leave it out of `where`")
-        ends = jnp.stack([jnp.asarray(end, weight["scale"].dtype) for end in ranges[path]])
-        known = not isinstance(ends, Tracer)
-        if ends.shape != (2,) or (known and not (bool(jnp.isfinite(ends).all()) and ends[0] <= ends[1])):
-            raise ValueError(f"ranges gives {ranges[path]}; a range is two finite numbers, (low, high)")
-        scale, zero = (affine.choose_scale(ends, None), None) if symmetric else affine.choose_scale_and_zero(ends, None)
-        ones = (1,) * weight["scale"].ndim
-        return StaticQuantized(**weight, input_scale=scale.reshape(ones), input_zero=None if zero is None else zero.reshape(ones))
+        scale = weight["scale"]
+        low, high = ends_of(ranges, path, weight["codes"].shape, scale.dtype)
+        ends, each = jnp.stack([low, high], axis=-1), tuple(range(low.ndim))
+        step, zero = (
+            (affine.choose_scale(ends, each, bits=input_bits), None)
+            if symmetric
+            else affine.choose_scale_and_zero(ends, each, bits=input_bits)
+        )
+        return StaticQuantized(**weight, input_scale=step[..., 0], input_zero=None if zero is None else zero[..., 0])
 
-    return _replaced(params, where, axis, made)
+    return _replaced(params, where, axis, input_bits, made)
 
 
-def _replaced(params: PyTree, where: Where, axis: Any, make: Callable[[dict[str, Any], str], IntegerProduct]) -> PyTree:
+def ends_of(ranges: Mapping[str, tuple[Any, Any]], path: str, shape: Sequence[int], dtype: Any) -> tuple[Array, Array]:
+    """The ends of the range of a weight's inputs, of its rank: each side 1, but for those of stacked layers.
+
+    >>> [end.tolist() for end in ends_of({"kernel": (jnp.array([0.0, -1.0]), 2.0)}, "kernel", (2, 3, 4), jnp.float32)]
+    [[[[0.0]], [[-1.0]]], [[[2.0]], [[2.0]]]]
+
+    Raises:
+      ValueError: there is none, or it is not finite or not in order, or does not fit.
+    """
+    if path not in ranges:
+        raise ValueError("ranges has no entry for it; calibrate it, or leave it out of `where`")
+    low, high = jnp.broadcast_arrays(*(jnp.asarray(end, dtype) for end in ranges[path]))
+    known = not isinstance(low, Tracer) and not isinstance(high, Tracer)
+    sound = known and bool((jnp.isfinite(low) & jnp.isfinite(high) & (low <= high)).all())
+    if low.shape != tuple(shape[: low.ndim]) or low.ndim >= max(len(shape), 1) or (known and not sound):
+        raise ValueError(
+            f"ranges gives {ranges[path]}; a range is two finite numbers, (low, high), or arrays of them along stacked layers"
+        )
+    sides = (*low.shape, *(1,) * (len(shape) - low.ndim))
+    return low.reshape(sides), high.reshape(sides)
+
+
+def integral(leaf: Quantized) -> str | None:
+    """Why a stored weight cannot be multiplied as integers; None where it can.
+
+    >>> integral(Quantized.from_weight(jnp.ones((4, 2)), group=2))
+    'it has groups, whose scales cannot follow a sum of integers; quantize it without'
+    """
+    if leaf.zero_point is not None:
+        return "it has a zero point, which has no place in a product of integers; quantize it with symmetric=True"
+    if any(1 < m < n for m, n in zip(leaf.scale.shape, leaf.codes.shape, strict=True)):
+        return "it has groups, whose scales cannot follow a sum of integers; quantize it without"
+    return None
+
+
+def _replaced(
+    params: PyTree, where: Where, axis: Any, input_bits: int, make: Callable[[dict[str, Any], str], IntegerProduct]
+) -> PyTree:
+    if input_bits not in range(2, 9):
+        raise ValueError(f"input_bits={input_bits}: activations are rounded to 2 to 8 bits")
+
     def made(weight: Any, path: str) -> IntegerProduct:
         leaf = weight if isinstance(weight, Quantized) else Quantized.from_weight(weight, axis=axis)
-        if leaf.zero_point is not None:
-            raise ValueError("it has a zero point, which has no place in a product of integers; quantize it with symmetric=True")
-        if any(1 < m < n for m, n in zip(leaf.scale.shape, leaf.codes.shape, strict=True)):
-            raise ValueError("it has groups, whose scales cannot follow a sum of integers; quantize it without")
-        if leaf.ndim == 2 and leaf.scale.shape[0] == 1 and not leaf.swapped:
-            leaf = Quantized.of(leaf.signed_codes(), leaf.scale, bits=leaf.bits, dense_dtype=leaf.dense_dtype, swapped=True)
-        return make({name: getattr(leaf, name) for name in ("codes", "scale", "dense_dtype", "swapped")}, path)
+        if why := integral(leaf):
+            raise ValueError(why)
+        return make(fields_of(leaf) | {"input_bits": input_bits}, path)
 
     return store(params, where, made, accept=Quantized)
+
+
+def fields_of(leaf: Quantized) -> dict[str, Any]:
+    """The fields of a stored weight in the order in which integers are multiplied best: that of a matrix with the outputs first.
+
+    >>> fields_of(Quantized.from_weight(jnp.ones((4, 2))))["codes"].shape
+    (2, 4)
+    """
+    if leaf.ndim == 2 and leaf.scale.shape[0] == 1 and not leaf.swapped:
+        leaf = Quantized.of(leaf.signed_codes(), leaf.scale, bits=leaf.bits, dense_dtype=leaf.dense_dtype, swapped=True)
+    return {name: getattr(leaf, name) for name in ("codes", "scale", "dense_dtype", "swapped")}
 
 
 def _integers(
@@ -304,7 +356,7 @@ def _integers(
       alone: whether to add one in any case.
     """
     scale, zero_point = leaf.rounding(x, rows, tuple(batch))
-    codes, n = affine.to_codes(x, scale, zero_point), x.shape[before]
+    codes, n = affine.to_codes(x, scale, zero_point, leaf.input_bits), x.shape[before]
     if alone or zero_point is not None:
         # A row of ones: it gives the sums of the weights, where they are inside, which the zero point multiplies.
         ones = jnp.ones((*x.shape[:before], 1, *x.shape[before + 1 :]), jnp.int8)

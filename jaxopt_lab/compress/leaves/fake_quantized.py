@@ -1,5 +1,6 @@
 """Weights that train as if they were stored in few bits: the leaves, `fake_quantize`, which puts them into a tree, and `freeze`."""
 
+import dataclasses
 import zlib
 from abc import abstractmethod
 from typing import Any, ClassVar
@@ -45,6 +46,7 @@ class FakeQuantized(Leaf):
     trains: ClassVar[tuple[str, ...]] = ("w",)
     latent: ClassVar[str | None] = "w"
     fewest: ClassVar[int] = 2
+    by_channel: ClassVar[bool] = True
 
     @classmethod
     def of(cls, w: Array, bits: Array, amount: Array, seed: Array | None, axis: tuple[int, ...]) -> "FakeQuantized":
@@ -55,12 +57,15 @@ class FakeQuantized(Leaf):
     def quantized(self) -> Array:
         r""":math:`Q_b(w)`, in at least float32."""
 
-    @abstractmethod
-    def freeze(self) -> Leaf:
-        """The stored leaf that is equal to this one at the amount 1."""
-
     def aval(self):
         return jax.typeof(self.w)
+
+    def stepwise(self, length):
+        # What the layers share, be it a scale or draws, no step would know alone.
+        if -self.w.ndim not in self.axis or self.seed is not None or not self.by_channel:
+            return NotImplemented
+        bits, amount = (jnp.broadcast_to(field, (length,)) for field in (self.bits, self.amount))
+        return dataclasses.replace(self, bits=bits, amount=amount)
 
     def materialise(self) -> Array:
         w, quantized = wide(self.w), self.quantized()
@@ -106,7 +111,8 @@ class StraightThrough(FakeQuantized):
     @property
     def scale(self) -> Array:
         """The scale of each channel, as `quantize` would choose it."""
-        channels = tuple(a % self.w.ndim for a in self.axis)
+        # One layer of a stack has no axis of layers.
+        channels = tuple(a for a in self.axis if a >= -self.w.ndim)
         return affine.choose_scale(jax.lax.stop_gradient(self.w), channels, largest=self.high)
 
     def quantized(self) -> Array:
@@ -150,6 +156,7 @@ class DoReFa(FakeQuantized):
     """
 
     fewest: ClassVar[int] = 1
+    by_channel: ClassVar[bool] = False
 
     def quantized(self) -> Array:
         return fake.dorefa(self.w, self.bits)
@@ -177,7 +184,8 @@ def fake_quantize(
 
     Train the result as any tree: `make_step` sees the leaves; in a loop of one's own, call the model through `lift`, differentiate
     with `allow_int=True` and wrap the optimiser in `compress.optimizer`. A weight that is 0 stays 0, so what `sparsify` cuts in the
-    latent weights is cut in the stored ones.
+    latent weights is cut in the stored ones. Weights that share values (`cluster`) go on sharing them: it is their codebooks that
+    are rounded, each in a scale of its own whatever `axis` says, and that train.
 
     Args:
       params: any tree: parameters, the whole variables of a model, an NNX state.
@@ -195,7 +203,7 @@ def fake_quantize(
     Raises:
       ValueError: bits, amount or an axis out of range, weights that are not finite, a key that the leaf has no use for, or nothing
         matches `where`.
-      TypeError: a chosen leaf is not a floating-point array, or is compressed already.
+      TypeError: a chosen leaf is not a floating-point array, or is compressed already otherwise than by `cluster`.
 
     >>> params = fake_quantize({"kernel": jnp.array([[0.3], [-1.4], [3.0]])}, bits=3, where="kernel")
     >>> params["kernel"].materialise().tolist(), params["kernel"].w.shape
@@ -211,18 +219,25 @@ def fake_quantize(
         raise ValueError(f"key: {leaf.__name__} rounds to nearest; drop the key, or use leaf=StraightThrough")
     seeds = {} if key is None else _seeds(key, tree.selected(params, where))
 
-    def made(path: str, w: Array) -> FakeQuantized:
+    def rounded(path: str, w: Array, axis: int | tuple[int, ...] | None) -> FakeQuantized:
         channels = tuple(a - w.ndim for a in affine.channel_axes(axis, w.ndim))
         return leaf.of(w, jnp.float32(bits), jnp.float32(amount), seeds.get(path), channels)
+
+    def made(path: str, weight: Any) -> Leaf:
+        if isinstance(weight, Clustered) and not isinstance(weight.codebook, Leaf):
+            values = weight.codebook
+            return dataclasses.replace(weight, codebook=rounded(path, values, tuple(range(values.ndim - 1))))
+        return rounded(path, checked(weight, path), axis)
 
     names, leaves, treedef = tree.flatten(params)
     flags = jax.tree.leaves(tree.select(params, where))
     rows = zip(names, leaves, flags, strict=True)
-    return jax.tree.unflatten(treedef, [made(name, checked(x, name)) if flag else x for name, x, flag in rows])
+    return jax.tree.unflatten(treedef, [made(name, x) if flag else x for name, x, flag in rows])
 
 
 def freeze(params: PyTree) -> PyTree:
-    """Stores what was trained: each `FakeQuantized` leaf becomes the leaf of codes that it acted as; others stay.
+    """Stores what was trained: each `FakeQuantized` leaf becomes the leaf of codes that it acted as, and `FakeInputs` around one
+    a leaf that multiplies integers; codebooks keep the values that they were rounded to. Others stay.
 
     The stored weights are those that the leaf at the amount 1 showed to the model, to one rounding of their own dtype.
 
@@ -233,11 +248,7 @@ def freeze(params: PyTree) -> PyTree:
     >>> freeze(params)["kernel"].materialise().tolist()
     [[0.0], [-1.0], [3.0]]
     """
-
-    def frozen(leaf: Any) -> Any:
-        return leaf.freeze() if isinstance(leaf, FakeQuantized) else leaf
-
-    return jax.tree.map(frozen, params, is_leaf=tree.is_compressed)
+    return jax.tree.map(lambda leaf: leaf.freeze() if isinstance(leaf, Leaf) else leaf, params, is_leaf=tree.is_compressed)
 
 
 def _stored(leaf: FakeQuantized, scale: Array) -> Quantized:

@@ -2,12 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import ShapedArray
@@ -15,18 +13,17 @@ from jax.core import ShapedArray
 from jaxopt_lab.compress.arrays import affine, factor
 from jaxopt_lab.compress.leaf import Leaf, checked, fills_with_nan
 from jaxopt_lab.core import tree
+from jaxopt_lab.core.checks import naming
+from jaxopt_lab.core.shapes import equal_blocks
 from jaxopt_lab.core.types import Array, PyTree, Where
 
 __all__ = [
     "LowRank",
     "MatrixView",
-    "by_path",
     "factorised",
     "low_rank",
     "matrix_view",
-    "naming",
     "pointwise",
-    "replaced",
     "shrunk",
 ]
 
@@ -89,6 +86,9 @@ class LowRank(Leaf):
 
     def format(self) -> str:
         return f"{self.a.dtype} rank {self.a.shape[-1]}"
+
+    def stepwise(self, length):
+        return self if self._stacked else NotImplemented
 
     def dot_general(self, x, *, dimension_numbers, precision, preferred_element_type, out_sharding=None):
         (x_contract, contract), (x_batch, batch) = dimension_numbers
@@ -272,7 +272,7 @@ def _relabelled(old: Sequence[int], labels: str, new: Sequence[int]) -> str | No
 
     Axes of length 1 are whatever suits.
     """
-    blocks = affine.equal_blocks(old, new)
+    blocks = equal_blocks(old, new)
     if blocks is None:
         return None
     found = ""
@@ -431,7 +431,7 @@ def low_rank(
     if (rank is None) == (energy is None):
         raise ValueError("low_rank takes a rank or an energy: give one of them")
     chosen = tree.selected(params, where)
-    ranks = by_path("rank", rank if energy is None else factor.by_energy(energy), chosen)
+    ranks = tree.by_path("rank", rank if energy is None else factor.by_energy(energy), chosen)
 
     def store(path: str, leaf: Any) -> Any:
         w, moment = checked(leaf, path), None
@@ -440,7 +440,7 @@ def low_rank(
         if moments is not None and (moment := moments.get(path)) is None:
             raise ValueError(f"moments lack {path}: give its second moment, or leave it out of `where`")
         own = ranks[path]
-        with naming(path, w):
+        with naming(path, w.shape):
             rows, columns = matrix_view(w.shape, axis, stacked).shape
             most = (rows * columns - 1) // (rows + columns)
             if not callable(own) and own > most:
@@ -452,55 +452,7 @@ def low_rank(
 
     stored = {path: store(path, leaf) for path, leaf in chosen.items()}
     shrunk(stored, f"energy={energy}" if rank is None else f"rank={rank}")
-    return replaced(params, stored)
-
-
-@contextmanager
-def naming(path: str, w: Array) -> Iterator[None]:
-    """Puts the path and shape of a weight before the message of an error.
-
-    >>> with naming("kernel", jnp.ones((2, 3))):
-    ...     factorised(jnp.ones((2, 3)), 4)
-    Traceback (most recent call last):
-      ...
-    ValueError: kernel of shape (2, 3): rank=4 does not fit a matrix (2, 3): give 1 to 2
-    """
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{path} of shape {w.shape}: {error}") from error
-
-
-def replaced(params: PyTree, leaves: Mapping[str, Any]) -> PyTree:
-    """A tree with some of its leaves replaced, by path.
-
-    >>> replaced({"kernel": 1.0, "bias": 2.0}, {"kernel": 3.0})
-    {'bias': 2.0, 'kernel': 3.0}
-    """
-    names, old, treedef = tree.flatten(params)
-    return jax.tree.unflatten(treedef, [leaves.get(name, leaf) for name, leaf in zip(names, old, strict=True)])
-
-
-def by_path(name: str, given: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """A setting for each chosen leaf: the same for all, or its own from a mapping, which may leave some out.
-
-    Args:
-      name: of the setting, for the message.
-      given: a mapping by path, or anything else.
-      chosen: the chosen leaves by path.
-
-    Raises:
-      ValueError: the mapping has a path that is not chosen.
-
-    >>> by_path("rank", 4, {"a": 1.0, "b": 2.0}), by_path("rank", {"a": 3}, {"a": 1.0, "b": 2.0})
-    ({'a': 4, 'b': 4}, {'a': 3})
-    """
-    if not isinstance(given, Mapping):
-        return dict.fromkeys(chosen, given)
-    if odd := sorted(set(given) - set(chosen)):
-        raise ValueError(f"{name} is given for {odd[0]}, which is no chosen weight; the chosen ones: {', '.join(list(chosen)[:5])}")
-    return dict(given)
+    return tree.replaced(params, stored)
 
 
 def shrunk(stored: Mapping[str, Any], asked: str) -> None:

@@ -67,6 +67,9 @@ class Masked(Leaf):
         share = self.values.size / max(math.prod(self.mask.shape), 1)
         return f"{self.values.dtype} under a mask, {share:.1%} stored"
 
+    def stepwise(self, length):
+        return self if self._stacked and self.mask.axis > -self.mask.ndim else NotImplemented
+
     def convert_element_type(self, *, new_dtype, **params):
         if not jnp.issubdtype(new_dtype, jnp.floating):
             return NotImplemented

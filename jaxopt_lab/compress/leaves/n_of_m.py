@@ -68,6 +68,10 @@ class NM(Leaf):
     def format(self) -> str:
         return f"{self.values.dtype} {self.n}:{self.m} along axis {self.axis}"
 
+    def stepwise(self, length):
+        along = [self.axis, *([self.positions.axis] if isinstance(self.positions, packing.Packed) else [])]
+        return NotImplemented if -self.values.ndim in along else self
+
     def dot_general(self, x, **params):
         # Medians of one CPU run on two cores, 4096 x 4096 in 2:4, against a float32 weight, in strips / as a whole: 2.9 / 22 at
         # batch 1 and 1.25 / 4.3 at batch 64. A product that gathers the inputs takes twice as long as strips at batch 1.

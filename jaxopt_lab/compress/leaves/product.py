@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxopt_lab.compress.arrays import packing
 from jaxopt_lab.core.types import Array
 
-__all__ = ["Product", "at_once", "own_axes", "product", "with_gradient_of"]
+__all__ = ["Product", "at_once", "by_layer", "own_axes", "product", "with_gradient_of"]
 
 _STRIP = 2**19
 """How many weights are decoded at a time on a CPU: two megabytes in float32, which a core keeps at hand."""
@@ -87,6 +87,30 @@ def own_axes(ndim: int, dimension_numbers: tuple) -> list[int]:
     """
     (_, contract), (_, batch) = dimension_numbers
     return [a for a in range(ndim) if a not in (*contract, *batch)]
+
+
+def by_layer(layers: Sequence[int], shape: Sequence[int], x: Array, dimension_numbers: tuple, run: Callable[..., Array]) -> Array:
+    """A product of stacked layers that each do something of their own to the same input: one with more batch axes.
+
+    Args:
+      layers: the axes of the weight that number the layers, none of which is summed over or shared.
+      shape: of the weight.
+      x: the input.
+      dimension_numbers: of `lax.dot_general`, the weight on the right.
+      run: `(x, dimension_numbers) -> product`, whose batch axes begin with the layers.
+
+    >>> w = jnp.arange(6.0).reshape(3, 2, 1)
+    >>> numbers = (((0,), (1,)), ((), ()))
+    >>> by_layer([0], w.shape, jnp.ones(2), numbers, lambda x, numbers: lax.dot_general(x, w, numbers)).ravel()
+    Array([1., 5., 9.], dtype=float32)
+    """
+    (summed, contract), (shared, batch) = dimension_numbers
+    more, own = len(layers), own_axes(len(shape), dimension_numbers)
+    x = jnp.broadcast_to(x, (*(shape[a] for a in layers), *x.shape))
+    numbers = (tuple(a + more for a in summed), contract), ((*range(more), *(a + more for a in shared)), (*layers, *batch))
+    out = run(x, numbers)
+    outer, rest = out.ndim - len(own) + more, [a for a in own if a not in layers]
+    return lax.transpose(out, (*range(more, outer), *(layers.index(a) if a in layers else outer + rest.index(a) for a in own)))
 
 
 def with_gradient_of(differentiated: Callable[..., Array], evaluated: Callable[..., Array], x: Array, leaf: Any) -> Array:

@@ -16,6 +16,8 @@ from jaxopt_lab.compress.arrays.packing import Packed
 from jaxopt_lab.compress.leaf import Leaf, checked, fills_with_nan
 from jaxopt_lab.compress.leaves.product import product
 from jaxopt_lab.core import tree
+from jaxopt_lab.core.checks import naming
+from jaxopt_lab.core.shapes import equal_blocks
 from jaxopt_lab.core.types import Array, PyTree, Where
 
 __all__ = ["Group", "Scaled", "group_of", "store"]
@@ -106,6 +108,14 @@ class Scaled(Leaf):
     def materialise(self) -> Array:
         weight = self.dense(_unpacked(self.codes), self.fields())
         return jnp.swapaxes(weight, -1, -2) if self.swapped else weight
+
+    def stepwise(self, length):
+        packed = isinstance(self.codes, Packed) and self.codes.axis == -self.ndim
+        # Stored last, the first axis of a matrix cannot be cut off; groups of it would be torn.
+        if packed or (self.swapped and self.ndim == 2) or any(f.shape[0] not in (1, length) for f in self.fields().values()):
+            return NotImplemented
+        fields = {name: jnp.broadcast_to(field, (length, *field.shape[1:])) for name, field in self.fields().items()}
+        return dataclasses.replace(self, **fields)
 
     @property
     def unit(self) -> int:
@@ -278,7 +288,7 @@ class Scaled(Leaf):
 def store(
     params: PyTree, where: Where, make: Callable[[Any, str], Any], *, accept: type[Leaf] | tuple[type[Leaf], ...] = ()
 ) -> PyTree:
-    """Replaces the chosen weights of a tree by leaves; a ValueError of `make` gets the path and the shape in front.
+    """Replaces the chosen weights of a tree by leaves; an error of `make` gets the path and the shape in front.
 
     Args:
       params: any tree.
@@ -296,10 +306,8 @@ def store(
 
     def made(leaf: Any, path: str) -> Any:
         weight = leaf if isinstance(leaf, accept) else checked(leaf, path)
-        try:
+        with naming(path, weight.shape):
             return make(weight, path)
-        except ValueError as error:
-            raise ValueError(f"{path} of shape {weight.shape}: {error}") from None
 
     names, leaves, treedef = tree.flatten(params)
     flags = jax.tree.leaves(tree.select(params, where))
@@ -345,7 +353,7 @@ def _viewed(codes: Array | Packed) -> Array | Packed:
 def _places(old: Sequence[int], new: Sequence[int]) -> list[int | None]:
     """Where each axis lies after a reshape; None for those that are cut, merged or gone."""
     places: list[int | None] = [None] * len(old)
-    for before, after in affine.equal_blocks(old, new) or []:
+    for before, after in equal_blocks(old, new) or []:
         froms = [a for a in range(before.start, before.stop) if old[a] > 1]
         intos = [a for a in range(after.start, after.stop) if new[a] > 1]
         if len(froms) == len(intos) == 1:

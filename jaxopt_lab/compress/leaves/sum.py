@@ -12,34 +12,14 @@ from jax.core import Tracer
 
 from jaxopt_lab.compress.arrays import factor
 from jaxopt_lab.compress.leaf import Leaf, checked
-from jaxopt_lab.compress.leaves.low_rank import LowRank, by_path, factorised, matrix_view, naming, replaced
+from jaxopt_lab.compress.leaves.dense import Frozen
+from jaxopt_lab.compress.leaves.low_rank import LowRank, factorised, matrix_view
 from jaxopt_lab.core import tree
+from jaxopt_lab.core.checks import naming
 from jaxopt_lab.core.numerics import wide
 from jaxopt_lab.core.types import Array, PyTree, Where
 
-__all__ = ["Frozen", "Sum", "add_low_rank", "split_low_rank"]
-
-
-class Frozen(Leaf):
-    """A dense weight that does not train.
-
-    Attributes:
-      weight: any shape.
-
-    >>> Frozen(jnp.ones(2)).materialise()
-    Array([1., 1.], dtype=float32)
-    """
-
-    weight: Array
-
-    def aval(self):
-        return jax.typeof(self.weight)
-
-    def materialise(self) -> Array:
-        return self.weight
-
-    def format(self) -> str:
-        return f"{self.weight.dtype} frozen"
+__all__ = ["Sum", "add_low_rank", "split_low_rank"]
 
 
 class Sum(Leaf):
@@ -74,6 +54,15 @@ class Sum(Leaf):
 
     def format(self) -> str:
         return " + ".join(part.format() for part in self.parts)
+
+    def stepwise(self, length):
+        parts = [(part, part.stepwise(length)) for part in self.parts]
+        if all(step is NotImplemented for _, step in parts):
+            return NotImplemented
+        return Sum(tuple(Frozen(part.materialise()) if step is NotImplemented else step for part, step in parts))
+
+    def freeze(self):
+        return Sum(tuple(part.freeze() for part in self.parts))
 
     def dot_general(self, x, *, preferred_element_type, **params):
         out = preferred_element_type or jnp.promote_types(x.dtype, self.aval().dtype)
@@ -183,14 +172,14 @@ def split_low_rank(
     if iterations < 1:
         raise ValueError(f"iterations={iterations}: factors and rest are fitted at least once")
     chosen = tree.selected(params, where)
-    ranks = by_path("rank", rank, chosen)
+    ranks = tree.by_path("rank", rank, chosen)
     weights = {path: checked(chosen[path], path) for path in ranks}
     best: dict[str, tuple[Sum, Array]] = {}
     remaining = {path: wide(w) for path, w in weights.items()}
     for _ in range(iterations):
         low = {}
         for path, w in weights.items():
-            with naming(path, w):
+            with naming(path, w.shape):
                 low[path] = factorised(remaining[path], ranks[path], axis, stacked, dtype=w.dtype)
         stored = rest({path: (wide(w) - _wide(low[path])).astype(w.dtype) for path, w in weights.items()})
         _check_rest(stored, weights)
@@ -199,7 +188,7 @@ def split_low_rank(
             error = jnp.sum(jnp.square(wide(w) - _wide(stored[path]) - _wide(low[path])))
             best[path] = (both, error) if path not in best else _better((both, error), best[path])
             remaining[path] = wide(w) - _wide(stored[path])
-    return replaced(params, {path: both for path, (both, _) in best.items()})
+    return tree.replaced(params, {path: both for path, (both, _) in best.items()})
 
 
 def add_low_rank(
@@ -241,11 +230,11 @@ def add_low_rank(
     "QLoRA: efficient finetuning of quantized LLMs", 2023.
     """
     chosen, added = tree.selected(params, where), {}
-    for index, (path, given) in enumerate(by_path("rank", rank, chosen).items()):
+    for index, (path, given) in enumerate(tree.by_path("rank", rank, chosen).items()):
         leaf = chosen[path]
         stored = leaf if tree.is_compressed(leaf) else Frozen(checked(leaf, path))
         aval = stored.aval()
-        with naming(path, aval):
+        with naming(path, aval.shape):
             view = matrix_view(aval.shape, axis, stacked)
             if not 1 <= given <= min(view.shape):
                 raise ValueError(f"rank={given} does not fit a matrix {view.shape}: give 1 to {min(view.shape)}")
@@ -253,7 +242,7 @@ def add_low_rank(
         b = jnp.zeros((*view.stack, given, *view.columns), aval.dtype)
         parts = stored.parts if isinstance(stored, Sum) else (stored,)
         added[path] = Sum((*parts, LowRank(a.astype(aval.dtype), b, view.layout, aval.dtype)))
-    return replaced(params, added)
+    return tree.replaced(params, added)
 
 
 def _check_rest(stored: Any, weights: dict[str, Array]) -> None:

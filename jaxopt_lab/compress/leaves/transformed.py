@@ -5,7 +5,7 @@
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -14,38 +14,58 @@ from jax import lax
 
 from jaxopt_lab.compress.arrays import affine, hadamard
 from jaxopt_lab.compress.leaf import Leaf
+from jaxopt_lab.compress.leaves.dense import Dense
 from jaxopt_lab.core import tree
 from jaxopt_lab.core.numerics import wide
 from jaxopt_lab.core.types import Array
 
-__all__ = ["InputScaled", "Rotated"]
+__all__ = ["ByChannel", "InputScaled", "Rotated", "Transformed"]
 
 
-class _Transformed(Leaf):
-    """A leaf in another basis: what follows from a way to bring inputs into it."""
+class Transformed(Leaf):
+    """The base of leaves that do something to their inputs, and then multiply by another leaf.
+
+    Attributes:
+      inner: the leaf that is multiplied by; what trains in it does.
+      vectors: the fields that say what is done along the input axes: of the rank of the weight, with sides of its length or 1.
+    """
 
     inner: eqx.AbstractVar[Leaf]
 
     trains: ClassVar[tuple[str, ...]] = ("inner",)
-    vector: ClassVar[str]
-    """The field that says what is done along the input axes: of the rank of the weight, with sides of its length or 1."""
+    vectors: ClassVar[tuple[str, ...]]
 
     @abstractmethod
-    def bring(self, x: Array, vector: Array, axes: dict[int, int]) -> Array:
-        """An input in the basis of the inner leaf; the vector is laid along its axes, which `axes` gives for those of the
-        weight."""
+    def bring(self, x: Array, axes: dict[int, int], summed: tuple[int, ...], **vectors: Array) -> Array:
+        """What the inner leaf multiplies.
 
-    @abstractmethod
+        Args:
+          x: an input.
+          axes: of it, for those of the weight that are summed over or shared with it.
+          summed: the axes of `x` that are summed over.
+          vectors: laid along the axes of `x`.
+        """
+
     def inputs(self) -> set[int]:
         """The axes of the weight that have to be summed over."""
+        return set()
 
     def __check_init__(self):
-        shape, vector = tuple(self.inner.aval().shape), getattr(self, self.vector)
-        if vector.ndim != len(shape) or any(m not in (1, n) for m, n in zip(vector.shape, shape, strict=True)):
-            raise ValueError(f"a weight of shape {shape} needs {self.vector} of its rank, each side 1 or equal; got {vector.shape}")
+        shape = tuple(self.inner.aval().shape)
+        for name, vector in self._vectors().items():
+            if vector.ndim != len(shape) or any(m not in (1, n) for m, n in zip(vector.shape, shape, strict=True)):
+                raise ValueError(f"a weight of shape {shape} needs {name} of its rank, each side 1 or equal; got {vector.shape}")
 
     def aval(self):
         return self.inner.aval()
+
+    def stepwise(self, length):
+        inner = self.inner.stepwise(length)
+        inner = Dense(self.inner.materialise()) if inner is NotImplemented else inner
+        return self._mapped(inner, lambda vector: jnp.broadcast_to(vector, (length, *vector.shape[1:])))
+
+    def freeze(self):
+        return dataclasses.replace(self, inner=self.inner.freeze())
 
     def dot_general(self, x, *, dimension_numbers, **params):
         (x_summed, summed), (x_batch, batch) = dimension_numbers
@@ -60,26 +80,85 @@ class _Transformed(Leaf):
     def convert_element_type(self, **params):
         return self._mapped(self.inner.convert_element_type(**params), lambda vector: vector)
 
+    def _vectors(self) -> dict[str, Array]:
+        return {name: getattr(self, name) for name in self.vectors}
+
     def _brought(self, x: Array, axes: dict[int, int], summed: Sequence[int]) -> Array:
-        """The input in the basis of the inner leaf; NotImplemented where the product does not sum over the axes of that basis."""
-        vector = getattr(self, self.vector)
-        carried = {a for a, m in enumerate(vector.shape) if m > 1}
+        """What the inner leaf multiplies; NotImplemented where the product does not sum over the axes that are transformed."""
+        carried = {a for vector in self._vectors().values() for a, m in enumerate(vector.shape) if m > 1}
         if not self.inputs() <= set(summed) or not carried <= set(axes) or not jnp.issubdtype(x.dtype, jnp.floating):
             return NotImplemented
-        order = sorted(axes, key=axes.__getitem__)
-        rest = [a for a in range(vector.ndim) if a not in axes]
-        sides = [1] * x.ndim
-        for a, place in axes.items():
-            sides[place] = vector.shape[a]
-        return self.bring(x, lax.transpose(vector, (*order, *rest)).reshape(sides), axes)
 
-    def _mapped(self, inner: Any, move: Any, **fields: Any) -> Any:
+        def laid(vector: Array) -> Array:
+            order = sorted(axes, key=axes.__getitem__)
+            rest = [a for a in range(vector.ndim) if a not in axes]
+            sides = [1] * x.ndim
+            for a, place in axes.items():
+                sides[place] = vector.shape[a]
+            return lax.transpose(vector, (*order, *rest)).reshape(sides)
+
+        return self.bring(x, axes, tuple(axes[a] for a in summed), **{name: laid(v) for name, v in self._vectors().items()})
+
+    def _mapped(self, inner: Any, move: Callable[[Array], Array], **fields: Any) -> Any:
+        """The leaf around another inner one, its vectors moved alike; NotImplemented where that one could not be moved."""
         if not tree.is_compressed(inner):
             return NotImplemented
-        return dataclasses.replace(self, inner=inner, **{self.vector: move(getattr(self, self.vector))}, **fields)
+        return dataclasses.replace(self, inner=inner, **{name: move(v) for name, v in self._vectors().items()}, **fields)
 
 
-class InputScaled(_Transformed):
+class ByChannel(Transformed):
+    """The base of those that do the same to all that a vector's side of 1 stands for: they go through every change of the axes."""
+
+    def conv_general_dilated(self, x, *, dimension_numbers, feature_group_count, batch_group_count, **params):
+        params |= {"feature_group_count": feature_group_count, "batch_group_count": batch_group_count}
+        x = self._convolved(x, dimension_numbers, max(feature_group_count, batch_group_count) > 1)
+        if x is NotImplemented:
+            return NotImplemented
+        out = self.inner.conv_general_dilated(x, dimension_numbers=dimension_numbers, **params)
+        if out is NotImplemented:
+            out = lax.conv_general_dilated_p.bind(x, self.inner.materialise(), dimension_numbers=dimension_numbers, **params)
+        return out
+
+    def convert_element_type(self, *, new_dtype, **params):
+        if not jnp.issubdtype(new_dtype, jnp.floating):
+            return NotImplemented
+        params |= {"new_dtype": new_dtype}
+        return self._mapped(self._changed("convert_element_type", lax.convert_element_type_p, params), lambda vector: vector)
+
+    def transpose(self, *, permutation):
+        inner = self._changed("transpose", lax.transpose_p, {"permutation": permutation})
+        return self._mapped(inner, lambda vector: lax.transpose(vector, permutation))
+
+    def squeeze(self, *, dimensions):
+        inner = self._changed("squeeze", lax.squeeze_p, {"dimensions": dimensions})
+        return self._mapped(inner, lambda vector: lax.squeeze(vector, dimensions))
+
+    def broadcast_in_dim(self, *, shape, broadcast_dimensions, **params):
+        params |= {"shape": shape, "broadcast_dimensions": broadcast_dimensions}
+        inner = self._changed("broadcast_in_dim", lax.broadcast_in_dim_p, params)
+        return self._mapped(inner, lambda vector: _spread(vector, len(shape), broadcast_dimensions))
+
+    def reshape(self, *, new_sizes, dimensions, **params):
+        sides = {name: affine.reshaped_sides(self.shape, v.shape, new_sizes) for name, v in self._vectors().items()}
+        wrong = [s for s in sides.values() if s is None or any(m not in (1, n) for m, n in zip(s, new_sizes, strict=True))]
+        if wrong or dimensions is not None:
+            return NotImplemented
+        inner = self._changed("reshape", lax.reshape_p, {"new_sizes": new_sizes, "dimensions": dimensions, **params})
+        return dataclasses.replace(self, inner=inner, **{name: v.reshape(sides[name]) for name, v in self._vectors().items()})
+
+    def _convolved(self, x: Array, dimension_numbers: Any, grouped: bool) -> Array:
+        """What the inner leaf convolves; NotImplemented where a group of channels meets a part of the input only."""
+        channel = dimension_numbers.rhs_spec[1]
+        return NotImplemented if grouped else self._brought(x, {channel: dimension_numbers.lhs_spec[1]}, (channel,))
+
+    def _changed(self, method: str, primitive: Any, params: dict[str, Any]) -> Leaf:
+        """The inner leaf so changed: as it is where it can be, else a dense weight, whose inputs are transformed all the same."""
+        inner = getattr(self.inner, method)(**params)
+        inner = primitive.bind(self.inner.materialise(), **params) if inner is NotImplemented else inner
+        return inner if tree.is_compressed(inner) else Dense(inner)
+
+
+class InputScaled(ByChannel):
     r"""A weight whose inputs are divided by a scale each, and which is stored multiplied by it.
 
     .. math:: W_{ic} = \frac{1}{s_i} V_{ic}, \qquad x W = (x / s) \, V
@@ -100,14 +179,13 @@ class InputScaled(_Transformed):
            [ 6. ,  0. ]], dtype=float32)
 
     Source: Lin et al., "AWQ: activation-aware weight quantization for on-device LLM compression and acceleration", 2024; Xiao et
-      al.,
-    "SmoothQuant: accurate and efficient post-training quantization for large language models", 2023.
+    al., "SmoothQuant: accurate and efficient post-training quantization for large language models", 2023.
     """
 
     inner: Leaf
     scale: Array
 
-    vector: ClassVar[str] = "scale"
+    vectors: ClassVar[tuple[str, ...]] = ("scale",)
 
     def materialise(self) -> Array:
         return (_wide(self.inner) / self.scale).astype(self.aval().dtype)
@@ -115,45 +193,11 @@ class InputScaled(_Transformed):
     def format(self) -> str:
         return f"{self.inner.format()}, inputs scaled"
 
-    def bring(self, x, vector, axes):
-        return (x.astype(jnp.promote_types(x.dtype, vector.dtype)) / vector).astype(x.dtype)
-
-    def inputs(self):
-        return set()
-
-    def conv_general_dilated(self, x, *, dimension_numbers, feature_group_count, batch_group_count, **params):
-        params |= {"feature_group_count": feature_group_count, "batch_group_count": batch_group_count}
-        channel = dimension_numbers.rhs_spec[1]
-        # A group of channels meets a part of the input only.
-        if feature_group_count > 1 or batch_group_count > 1:
-            return NotImplemented
-        x = self._brought(x, {channel: dimension_numbers.lhs_spec[1]}, (channel,))
-        if x is NotImplemented:
-            return NotImplemented
-        out = self.inner.conv_general_dilated(x, dimension_numbers=dimension_numbers, **params)
-        if out is NotImplemented:
-            out = lax.conv_general_dilated_p.bind(x, self.inner.materialise(), dimension_numbers=dimension_numbers, **params)
-        return out
-
-    def transpose(self, *, permutation):
-        return self._mapped(self.inner.transpose(permutation=permutation), lambda scale: lax.transpose(scale, permutation))
-
-    def squeeze(self, *, dimensions):
-        return self._mapped(self.inner.squeeze(dimensions=dimensions), lambda scale: lax.squeeze(scale, dimensions))
-
-    def broadcast_in_dim(self, *, shape, broadcast_dimensions, **params):
-        inner = self.inner.broadcast_in_dim(shape=shape, broadcast_dimensions=broadcast_dimensions, **params)
-        return self._mapped(inner, lambda scale: _spread(scale, len(shape), broadcast_dimensions))
-
-    def reshape(self, *, new_sizes, dimensions, **params):
-        sides = affine.reshaped_sides(self.shape, self.scale.shape, new_sizes)
-        if sides is None or dimensions is not None or any(m not in (1, n) for m, n in zip(sides, new_sizes, strict=True)):
-            return NotImplemented
-        inner = self.inner.reshape(new_sizes=new_sizes, dimensions=dimensions, **params)
-        return self._mapped(inner, lambda scale: scale.reshape(sides))
+    def bring(self, x, axes, summed, *, scale):
+        return (x.astype(jnp.promote_types(x.dtype, scale.dtype)) / scale).astype(x.dtype)
 
 
-class Rotated(_Transformed):
+class Rotated(Transformed):
     r"""A weight that is stored rotated along its input axis, so that its outliers are spread over all inputs.
 
     .. math:: W = \sigma \odot (H V), \qquad x W = \big(H (\sigma \odot x)\big) V
@@ -181,7 +225,7 @@ class Rotated(_Transformed):
     signs: Array
     axis: int = eqx.field(static=True, default=-2)
 
-    vector: ClassVar[str] = "signs"
+    vectors: ClassVar[tuple[str, ...]] = ("signs",)
 
     def __check_init__(self):
         if not -self.signs.ndim <= self.axis < 0:
@@ -193,8 +237,8 @@ class Rotated(_Transformed):
     def format(self) -> str:
         return f"{self.inner.format()}, rotated along {self.signs.ndim + self.axis}"
 
-    def bring(self, x, vector, axes):
-        return hadamard.transform(x * vector.astype(x.dtype), axes[self.signs.ndim + self.axis])
+    def bring(self, x, axes, summed, *, signs):
+        return hadamard.transform(x * signs.astype(x.dtype), axes[self.signs.ndim + self.axis])
 
     def inputs(self):
         return {self.signs.ndim + self.axis}

@@ -12,8 +12,9 @@ from jax.core import ShapedArray
 
 from jaxopt_lab.compress.arrays import factor
 from jaxopt_lab.compress.leaf import Leaf, checked
-from jaxopt_lab.compress.leaves.low_rank import by_path, naming, pointwise, replaced, shrunk
+from jaxopt_lab.compress.leaves.low_rank import pointwise, shrunk
 from jaxopt_lab.core import tree
+from jaxopt_lab.core.checks import naming
 from jaxopt_lab.core.types import Array, PyTree, Where
 
 __all__ = ["Tucker2", "tucker2"]
@@ -60,6 +61,9 @@ class Tucker2(Leaf):
         sides = list(self.core.shape)
         sides[self.inputs], sides[self.outputs] = self.first.shape[-2], self.last.shape[-1]
         return ShapedArray(tuple(sides), self.dense_dtype)
+
+    def stepwise(self, length):
+        return self if self.first.ndim > 2 else NotImplemented
 
     def materialise(self) -> Array:
         stack, axes = range(self.first.ndim - 2), list(range(self.core.ndim))
@@ -147,13 +151,13 @@ def tucker2(
         raise ValueError("tucker2 takes ranks or an energy: give one of them")
     chosen = tree.selected(params, where)
     own = isinstance(ranks, Mapping)
-    pairs = by_path("ranks", ranks if energy is None else (factor.by_energy(energy),) * 2, chosen)
+    pairs = tree.by_path("ranks", ranks if energy is None else (factor.by_energy(energy),) * 2, chosen)
 
     def store(path: str, leaf: Any) -> Any:
         w = checked(leaf, path)
         if path not in pairs or (w.ndim < 3 + stacked and not own):
             return leaf
-        with naming(path, w):
+        with naming(path, w.shape):
             stored = _tucker2(w, pairs[path], inputs, outputs, stacked, iterations)
             numbers = tree.size(stored)
             if own and numbers >= w.size:
@@ -162,7 +166,7 @@ def tucker2(
 
     stored = {path: store(path, leaf) for path, leaf in chosen.items()}
     shrunk(stored, f"energy={energy}" if ranks is None else f"ranks={ranks}")
-    return replaced(params, stored)
+    return tree.replaced(params, stored)
 
 
 def _tucker2(w: Array, ranks: tuple, inputs: int, outputs: int, stacked: int, iterations: int) -> Tucker2:

@@ -27,8 +27,7 @@ def calibrate(
     """The range of the inputs of every chosen weight, over a set of batches.
 
     No model is edited: the inputs are looked at inside the compiled program, where the weights meet them. A weight that is met
-      several
-    times gets the union of what its observers propose; look-ups, whose inputs are indices, are left aside.
+    several times gets the union of what its observers propose; look-ups, whose inputs are indices, are left aside.
 
     Args:
       apply: `apply(params, *inputs) -> outputs`, such as `model.predict`.

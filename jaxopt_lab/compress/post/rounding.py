@@ -19,7 +19,6 @@ from jaxopt_lab.compress.arrays import affine, hadamard, scaling
 from jaxopt_lab.compress.arrays import gptq as in_turn
 from jaxopt_lab.compress.leaf import Leaf, checked
 from jaxopt_lab.compress.leaves.dynamic import dynamic
-from jaxopt_lab.compress.leaves.low_rank import replaced
 from jaxopt_lab.compress.leaves.quantized import Quantized
 from jaxopt_lab.compress.leaves.transformed import InputScaled, Rotated
 from jaxopt_lab.compress.lift import decompress
@@ -187,7 +186,7 @@ def awq(
         path: _searched(weights[path], gathered.pop(path), layout=layout, bits=_of(bits, path), grid=grid, steps=steps)
         for path, layout in chosen.layouts.items()
     }
-    return replaced(params, stored)
+    return tree.replaced(params, stored)
 
 
 def smooth(
@@ -235,7 +234,7 @@ def smooth(
         return {path: dynamic({path: w}, "**", axis=axes[path])[path] for path, w in scaled.items()}
 
     inner = _stored(store or by_output, {path: scaled for path, (_, scaled) in shared.items()})
-    return replaced(params, {path: InputScaled(inner[path], scale) for path, (scale, _) in shared.items()})
+    return tree.replaced(params, {path: InputScaled(inner[path], scale) for path, (scale, _) in shared.items()})
 
 
 def bias_correct(
@@ -291,7 +290,7 @@ def bias_correct(
     for path, layout in chosen.layouts.items():
         bias, rounded = stored[biases[path]], decompress({path: stored[path]})[path]
         corrected[biases[path]] = _corrected(jnp.asarray(bias), weights[path], rounded, gathered[path], layout=layout)
-    return replaced(compressed, corrected)
+    return tree.replaced(compressed, corrected)
 
 
 def equalize(params: PyTree, pairs: Sequence[tuple[str, str]], *, axes: tuple[int, int] = (-1, -2), sweeps: int = 10) -> PyTree:
@@ -355,7 +354,7 @@ def equalize(params: PyTree, pairs: Sequence[tuple[str, str]], *, axes: tuple[in
                 changed = changed | {bias: _scaled(changed[bias], 1 / s, 0)}
         return changed
 
-    return replaced(params, jax.jit(functools.partial(lax.fori_loop, 0, sweeps, sweep))(changed))
+    return tree.replaced(params, jax.jit(functools.partial(lax.fori_loop, 0, sweeps, sweep))(changed))
 
 
 def rotate(params: PyTree, store: Store, key: Array, *, axis: int = -2, stacked: int = 0, where: Where = "**/kernel") -> PyTree:
@@ -405,7 +404,9 @@ def rotate(params: PyTree, store: Store, key: Array, *, axis: int = -2, stacked:
         signs[path] = own.reshape(sides)
         turned[path] = hadamard.transform(wide(w) * signs[path], along).astype(w.dtype)
     inner = _stored(store, turned)
-    return replaced(params, {path: Rotated(inner[path], own, axis if axis < 0 else axis - own.ndim) for path, own in signs.items()})
+    return tree.replaced(
+        params, {path: Rotated(inner[path], own, axis if axis < 0 else axis - own.ndim) for path, own in signs.items()}
+    )
 
 
 class _Grid(NamedTuple):
@@ -480,12 +481,12 @@ def _rounded(
         raise ValueError("sequential=True goes over the batches once for each weight, but `batches` is an iterator: pass a list")
     stored: dict[str, Leaf] = {}
     for paths in [[path] for path in chosen.layouts] if sequential else [list(chosen.layouts)]:
-        current = decompress(replaced(dense, stored))
+        current = decompress(tree.replaced(dense, stored))
         gathered = matrices.statistics(apply, current, batches, chosen, (matrices.SECOND,), paths=paths, max_bytes=max_bytes)
         for path in paths:
             (moment,), layout = gathered.pop(path), chosen.layouts[path]
             stored[path] = _coded(weights[path], moment, layout=layout, bits=_of(bits, path), grid=grid, how=how)
-    return replaced(params, stored)
+    return tree.replaced(params, stored)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "bits", "grid", "how"))

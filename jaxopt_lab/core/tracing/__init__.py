@@ -8,12 +8,16 @@ count            multiplications and parameters by path
 """
 
 from jaxopt_lab.core.tracing.capture import Live, Reducer, Reducing, Tap, collect, reducing, tapped
+from jaxopt_lab.core.tracing.chains import Affine, affine
 from jaxopt_lab.core.tracing.counts import Count, Counts, count
+from jaxopt_lab.core.tracing.substitution import Coefficients, coefficients
 from jaxopt_lab.core.tracing.views import Axes, Step
 from jaxopt_lab.core.tracing.walks import Scan, Site, Unknown, Walk, sites, walk
 
 __all__ = [
+    "Affine",
     "Axes",
+    "Coefficients",
     "Count",
     "Counts",
     "Live",
@@ -25,6 +29,8 @@ __all__ = [
     "Tap",
     "Unknown",
     "Walk",
+    "affine",
+    "coefficients",
     "collect",
     "count",
     "reducing",

@@ -63,8 +63,7 @@ def tapped(
     """The same function, which also returns what `tap` makes of every input that a chosen parameter meets.
 
     It is a pure function like `apply`: jit it, since eager it keeps every intermediate. The bodies that hold a site are run in
-      forward form:
-    a `custom_jvp` or `custom_vjp` among them loses its own derivative.
+    forward form: a `custom_jvp` or `custom_vjp` among them loses its own derivative.
 
     Args:
       apply: any function `apply(params, *args, **kwargs)`.

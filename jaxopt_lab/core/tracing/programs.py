@@ -7,7 +7,7 @@ caller's: `Rules`.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -114,35 +114,41 @@ class Rules(NamedTuple):
       join: `(a, b, name) -> label` of a value that is one or the other; `name` is the primitive where they meet.
       decided: `(label, by, name) -> label` of a value that a value labelled `by` has chosen among others (`cond`, `while`).
       part: `(label, depth) -> label` of the entry that one step of a scan takes.
-      whole: `(label, name) -> label` of what the steps of a scan leave, stacked.
+      whole: `(label, name, length) -> label` of what the steps of a scan leave, stacked; or of what is left by every device, of
+        which the number is None.
       shard: `(label, shape) -> label` of one device's part.
       constant: the label of a literal.
+      closed: primitives that hold programs and are given to `equation` all the same, as if they were first-order ones.
     """
 
     equation: Callable[[Any, list[Any], Place, bool], Sequence[Any]]
     join: Callable[[Any, Any, str], Any]
     decided: Callable[[Any, Any, str], Any]
     part: Callable[[Any, int], Any]
-    whole: Callable[[Any, str], Any]
+    whole: Callable[[Any, str, int | None], Any]
     shard: Callable[[Any, tuple[int, ...]], Any]
     constant: Any
+    closed: Container[str] = frozenset()
 
 
 class Seen(NamedTuple):
-    """What to look at while a program runs.
+    """What to look at, and what to put in its place, while a program runs.
 
     States are kept by name and threaded through the program. A scan either carries a state from step to step, or hands each step
     its own entry of a leading axis.
 
     Attributes:
-      names: for every address of a product that is looked at, the names of its states.
+      names: for every address of an equation that is looked at, the names of its states.
       look: `(name, state, operands, output) -> state`.
       stacked: `(name, depth) -> bool`: whether the scan at that depth hands out entries of this state, rather than to carry it.
+      put: `(name, state, output) -> output`: what the program goes on with instead of the result, by the state after the look; None
+        leaves all results as they are.
     """
 
     names: Mapping[tuple[int, ...], Sequence[str]]
     look: Callable[[str, PyTree, Sequence[Any], Any], PyTree]
     stacked: Callable[[str, int], bool]
+    put: Callable[[str, PyTree, Any], Any] | None = None
 
     def below(self, address: tuple[int, ...]) -> list[str]:
         """The states of what stands in the program or programs at an address."""
@@ -167,7 +173,7 @@ def flow(jaxpr: Any, labels: Sequence[Any], rules: Rules, place: Place | None = 
     """Walks a program forward: the labels of its results from those of its arguments.
 
     >>> depends = lambda eqn, labels, place, settled: [any(labels)] * len(eqn.outvars)
-    >>> either, same = lambda a, b, name: a or b, lambda label, _: label
+    >>> either, same = lambda a, b, name: a or b, lambda label, *_: label
     >>> rules = Rules(depends, either, either, same, same, same, False)
     >>> program = jax.make_jaxpr(jax.jit(lambda x, y: (x + 1, jax.numpy.dot(x, y), 2)))(1.0, 2.0)
     >>> flow(program, [False, True], rules)
@@ -179,7 +185,7 @@ def flow(jaxpr: Any, labels: Sequence[Any], rules: Rules, place: Place | None = 
     for number, eqn in enumerate(eqns):
         given = [rules.constant if isinstance(v, Literal) else env[v] for v in eqn.invars]
         here = Place((*place.address, number), place.frames)
-        if (form := FORMS.get(eqn.primitive.name)) is None:
+        if (form := FORMS.get(eqn.primitive.name)) is None or eqn.primitive.name in rules.closed:
             out = rules.equation(eqn, given, here, settled)
         else:
             out = form.flow(eqn, given, functools.partial(_flow_inside, rules, here, eqn, settled), rules, len(place.frames))
@@ -195,7 +201,7 @@ def _flow_inside(rules, place, eqn, visit, k, jaxpr, labels, settled=True, lengt
 def run(
     jaxpr: Any, values: Sequence[Any], states: dict[str, PyTree], seen: Seen, place: Place | None = None
 ) -> tuple[list[Any], dict[str, PyTree]]:
-    """Runs a program as it is, and the states of what is seen on the way along with it.
+    """Runs a program, and the states of what is seen on the way along with it; as it is, unless something is put into it.
 
     Only primitives that hold something to be seen are opened; the others are bound unchanged.
 
@@ -227,6 +233,8 @@ def run(
                 out = out if eqn.primitive.multiple_results else [out]
         for state in seen.names.get(here.address, ()):
             states = {**states, state: seen.look(state, states[state], given, out[0])}
+            if seen.put is not None:
+                out = [seen.put(state, states[state], out[0]), *out[1:]]
         env.update(zip(eqn.outvars, out, strict=True))
     return [v.val if isinstance(v, Literal) else env[v] for v in results], states
 
@@ -311,7 +319,7 @@ def _flow_scan(eqn, labels, inside, rules, depth):
 
     carry = _settled(carry, lambda carry: body(carry, settled=False)[: len(carry)], rules, "scan")
     out = body(carry, settled=True)
-    return [*carry, *(rules.whole(label, "scan") for label in out[len(carry) :])]
+    return [*carry, *(rules.whole(label, "scan", eqn.params["length"]) for label in out[len(carry) :])]
 
 
 def _run_scan(eqn, values, states, inside, stacked):
@@ -407,7 +415,7 @@ def _flow_shard_map(eqn, labels, inside, rules, depth):
     del depth
     inner = eqn.params["jaxpr"]
     local = [rules.shard(label, variable.aval.shape) for label, variable in zip(labels, _opened(inner)[0], strict=True)]
-    return [rules.whole(label, "shard_map") for label in inside(0, inner, local)]
+    return [rules.whole(label, "shard_map", None) for label in inside(0, inner, local)]
 
 
 FORMS: dict[str, Form] = {

@@ -416,7 +416,8 @@ def _part(label: _Label, depth: int) -> _Label:
     return label._replace(views=tuple(view for view in parts if view is not None))
 
 
-def _whole(label: _Label, name: str) -> _Label:
+def _whole(label: _Label, name: str, length: int | None) -> _Label:
+    del length
     return _Label(label.data, (), label.through(name)) if label.views else label
 
 
