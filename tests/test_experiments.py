@@ -107,3 +107,47 @@ def test_lenet_over_seeds(tmp_path, capsys):
     assert [line["stage"] for line in lines] == ["dense", "dense, int8", "sparse", "sparse, int8"]
     assert lines[2]["nonzeros"][0] <= round(0.05 * 21_150) + 236
     assert lines[1]["arrays_to_dense"] <= 0.27
+
+
+@pytest.mark.usefixtures("_in_a_hurry")
+def test_formats_of_a_trained_network(tmp_path, capsys):
+    study = load("quantize")
+    short = ["--epochs", "1", "--fine-epochs", "1", "--batch-size", "240", "--calibration", "32", "--repeats", "1", "--seeds", "0"]
+    formats = ["int8, static", "int4, trained", "int3", "mixed, bytes of int3"]
+    arguments = ["--dataset", "digits", "--out", str(tmp_path), *short, "--networks", "lenet"]
+    assert cli.main(study.study, study.Config, [*arguments, "--formats", *formats]) == 0
+    said = capsys.readouterr().out
+    lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    assert json.loads((tmp_path / "summary.json").read_text()) == lines
+    assert [line["format"] for line in lines] == ["float32", *formats]
+    static, trained, three, mixed = lines[1:]
+    # Of 21,386 numbers 21,150 are in kernels: a byte each and the scales; half a byte; three eighths.
+    assert 0.25 < static["arrays_to_float32"] < 0.28
+    assert 0.125 < trained["arrays_to_float32"] < 0.15
+    assert mixed["array_bytes"] <= three["array_bytes"] < trained["array_bytes"]
+    # The aims are judged, and only where there is one.
+    assert [line["aim"] for line in lines] == [None, 0.1, 0.3, None, None]
+    for line in (static, trained):
+        assert line["missed_by"] == pytest.approx(max(0, -line["aim"] - line["points_mean"]), abs=1e-3)
+        assert ("missed by" if line["missed_by"] else "met") in said
+    stages = report.from_json(tmp_path / "lenet" / "seed_0" / "stages.json")
+    assert all(stage.latency_ms.keys() == {1, 64} for stage in stages)
+    assert stages[0].extra["time to float32 at 64"] == 1
+    # A name that is none is told before anything trains.
+    study.Lab.train = lambda *args: pytest.fail("a training began")
+    assert cli.main(study.study, study.Config, [*arguments, "--formats", "int5"]) == 2
+    assert "formats='int5' is none of: float32; float32, trained on; bfloat16; int8; " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("side", "bits"), [(8, 2), (28, 4)])
+def test_both_ends_of_every_network_keep_more_bits(side, bits):
+    study = load("quantize")
+    for network in study.networks(side).values():
+        lab = study.Lab.__new__(study.Lab)
+        lab.network = network
+        variables = jax.eval_shape(network.module.init, jax.random.key(0), jax.numpy.ones((1, side, side, 1)))
+        found = lab.bits(variables, bits, ends=8)
+        first, last = (found[f"params/{layer}/kernel"] for layer in network.ends)
+        assert (first, last, sorted(found.values())[:-2]) == (8, 8, [bits] * (len(found) - 2))
+        # The last one gives the ten logits.
+        assert variables["params"][network.ends[1]]["kernel"].shape[-1] == 10

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import ShapedArray
 
-from jaxopt_lab.compress.arrays import affine, factor
+from jaxopt_lab.compress.arrays import factor
 from jaxopt_lab.compress.leaf import Leaf, checked, fills_with_nan
 from jaxopt_lab.core import tree
 from jaxopt_lab.core.checks import naming
