@@ -2,10 +2,10 @@
 
     magic [16]   bytes of the payload [8]   bytes of the manifest [8]   SHA-256 of both [32]   payload   manifest
 
-The manifest is JSON: the structure of the tree, and for each array its sections `[coded, bytes]`; the payload is those sections in
-order. Where the planes of packed codes are coded together, the sections of the first hold the codes and the others have none.
-Numbers are little-endian. Nothing is unpickled, and nothing larger than eight times the file is allocated for what it claims to
-hold.
+The manifest is JSON, deflated by zlib: the structure of the tree, and for each array its sections `[coded, bytes]`; the payload is
+those sections in order. Where the planes of packed codes are coded together, the sections of the first hold the codes and the
+others have none. Numbers are little-endian. Nothing is unpickled, and for what a file claims to hold nothing larger than eight
+times the file is allocated, or 256 times its manifest.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,9 @@ from jaxopt_lab.core.types import PyTree
 
 __all__ = ["load_packed", "save_packed"]
 
-_MAGIC = b"jaxopt_lab\x00tree\x01"
+_MAGIC = b"jaxopt_lab\x00tree\x02"
 _HEAD = struct.Struct("<16sQQ32s")
-_UNFIT = (ValueError, LookupError, AttributeError, OverflowError, RecursionError)
+_UNFIT = (ValueError, LookupError, AttributeError, OverflowError, RecursionError, zlib.error)
 _PACKED = f"{packing.Packed.__module__}:{packing.Packed.__qualname__}"
 
 
@@ -72,6 +73,7 @@ def save_packed(path: str | os.PathLike, tree: PyTree, *, overwrite: bool = Fals
                     digest.update(section.data)
                     nbytes += file.write(section.data)
             text = json.dumps({**structure, "sections": sections}, allow_nan=False, separators=(",", ":")).encode()
+            text = zlib.compress(text, 9)
             digest.update(text)
             file.write(text)
             file.seek(0)
@@ -122,7 +124,7 @@ def load_packed(path: str | os.PathLike, *, classes: Sequence[type] = ()) -> PyT
         raise ValueError(f"{final} is damaged: it is not what its SHA-256 says")
     unfit = f"{final} has no manifest that fits its arrays"
     try:
-        structure = json.loads(bytes(data[_HEAD.size + nbytes :]))
+        structure = json.loads(_inflated(data[_HEAD.size + nbytes :]))
         arrays = _arrays(structure, data[_HEAD.size : _HEAD.size + nbytes])
     except (*_UNFIT, TypeError) as error:
         raise ValueError(f"{unfit}: {_first_line(error)}") from error
@@ -130,6 +132,14 @@ def load_packed(path: str | os.PathLike, *, classes: Sequence[type] = ()) -> PyT
         return manifest.rebuild(structure, arrays, classes)
     except _UNFIT as error:
         raise ValueError(f"{unfit}: {_first_line(error)}") from error
+
+
+def _inflated(data: memoryview) -> bytes:
+    inflate = zlib.decompressobj()
+    text = inflate.decompress(data, 256 * len(data))
+    if not inflate.eof:
+        raise ValueError(f"{len(data)} bytes do not end within {256 * len(data)} inflated ones")
+    return text
 
 
 def _packed(node: Any) -> Iterator[tuple[list[int], dict[str, int]]]:
