@@ -1,0 +1,520 @@
+"""What each of JAX's operations does to labels, and how it runs on fewer indices: a row of `PRIMITIVES` each.
+
+What is not here is not understood: nothing that it touches is cut.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Literal
+
+from jaxopt_lab.core.coupling.labels import Labels
+from jaxopt_lab.core.coupling.values import Field, Value, fixed, fresh, reshaped, separated, tidy, united
+from jaxopt_lab.core.shapes import equal_blocks
+
+__all__ = ["PRIMITIVES", "Cut", "Primitive", "taken", "unknown"]
+
+
+class Cut(NamedTuple):
+    """One equation on fewer indices.
+
+    Attributes:
+      eqn: the equation.
+      given: the labels of the operands.
+      made: the labels of the results.
+      kept: `(value) -> indices`, those that are kept along each axis.
+    """
+
+    eqn: Any
+    given: Sequence[Value]
+    made: Sequence[Value]
+    kept: Callable[[Value], list[np.ndarray]]
+
+    def shape(self, k: int = 0) -> tuple[int, ...]:
+        """The shape of the k-th result."""
+        return tuple(len(indices) for indices in self.kept(self.made[k]))
+
+    def bind(self, *arrays: Any, **changed: Any) -> list[Any]:
+        """The operation with some of its parameters changed."""
+        params = self.eqn.primitive.get_bind_params({**self.eqn.params, **changed})
+        out = self.eqn.primitive.bind(*arrays, **params)
+        return list(out) if self.eqn.primitive.multiple_results else [out]
+
+
+class Primitive(NamedTuple):
+    """What is known of an operation; a new one is a row of `PRIMITIVES`.
+
+    Attributes:
+      label: `(labels, eqn, given) -> labels of the results`.
+      run: `(cut, arrays) -> results` on operands that were cut already; None where the operation runs as it is.
+    """
+
+    label: Callable[[Labels, Any, list[Value]], Sequence[Value]]
+    run: Callable[..., list[Any]] | None = None
+
+
+def _shape(eqn: Any, k: int = 0) -> tuple[int, ...]:
+    return tuple(eqn.outvars[k].aval.shape)
+
+
+# Operations on each number by itself.
+
+
+def _elementwise(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
+    shape = _shape(eqn)
+    spread = [_spread(labels, value, shape) for value in given if len(value.shape) == len(shape)]
+    if not spread:
+        return [fresh(labels, shape)] * len(eqn.outvars)
+    return [spread[0] if len(spread) == 1 else united(labels, spread)] * len(eqn.outvars)
+
+
+def _spread(labels: Labels, value: Value, shape: tuple[int, ...]) -> Value:
+    """A value whose axes of length 1 are as long as those of what it meets: copies, each with a label of its own."""
+    if value.shape == shape:
+        return value
+    fields = [Field(axes, own if own.size > 1 else labels.fresh(shape[axes[0]])) for axes, own in value.fields]
+    return Value(shape, tuple(fields))
+
+
+def _reinterpreted(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
+    """The bits of numbers as others: of the same width, or each as several."""
+    return (_elementwise if given[0].shape == _shape(eqn) else unknown)(labels, eqn, given)
+
+
+def _passed(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
+    """Several operands, each of which is a result."""
+    del labels, eqn
+    return list(given)
+
+
+def _scaled(by: Callable[[int], float]) -> Primitive:
+    """A product with, or a division by, a number: where it is that of a sum's terms, the mean is of those that are left."""
+
+    def is_mean(eqn: Any, given: Sequence[Value]) -> bool:
+        value, number = given[0], eqn.invars[1]
+        if not value.summed or not isinstance(number, Literal) or np.ndim(number.val):
+            return False
+        n = math.prod(len(own) for own in value.summed)
+        return n > 1 and math.isclose(float(number.val), by(n), rel_tol=1e-6)
+
+    def label(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
+        out = _elementwise(labels, eqn, given)
+        return [dataclasses.replace(value, summed=()) for value in out]
+
+    def run(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
+        if not is_mean(cut.eqn, cut.given):
+            return cut.bind(*arrays)
+        terms = [Value((len(own),), (Field((0,), own),)) for own in cut.given[0].summed]
+        left = math.prod(len(cut.kept(value)[0]) for value in terms)
+        return cut.bind(arrays[0], np.asarray(by(left), jnp.result_type(arrays[1])))
+
+    return Primitive(label, run)
+
+
+# Changes of shape.
+
+
+def _broadcast(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
+    shape, into = _shape(eqn), eqn.params["broadcast_dimensions"]
+    value = given[0]
+    spread = [a for a, b in enumerate(into) if value.shape[a] != shape[b]]
+    value = separated(labels, value, spread)
+    places = {a: b for a, b in enumerate(into) if a not in spread}
+    fields = [Field(tuple(places[a] for a in axes), own) for axes, own in value.fields if axes[0] in places]
+    fields += [Field((b,), labels.fresh(shape[b])) for b in range(len(shape)) if b not in places.values()]
+    return [Value(shape, tuple(sorted(fields, key=lambda field: field.axes)), value.summed)]
+
+
+def _reshape(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
+    shape, (value, *_) = _shape(eqn), given
+    blocks = equal_blocks(value.shape, shape)
+    if eqn.params["dimensions"] is not None or blocks is None:
+        return unknown(labels, eqn, given)
+    return [reshaped(labels, value, shape, blocks)]
+
+
+def _squeeze(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
+    (value,) = given
+    left = [a for a in range(len(value.shape)) if a not in eqn.params["dimensions"]]
+    return [dataclasses.replace(_without(labels, value, left, _shape(eqn)), summed=value.summed)]
+
+
+def _without(labels: Labels, value: Value, left: Sequence[int], shape: tuple[int, ...]) -> Value:
+    """The value with some of its axes left."""
+    value = separated(labels, value, [a for a in range(len(value.shape)) if a not in left])
+    places = {a: k for k, a in enumerate(left)}
+    return Value(shape, tuple(Field(tuple(places[a] for a in axes), own) for axes, own in value.fields if axes[0] in places))
+
+
+def _transpose(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
+    del labels
+    order = list(eqn.params["permutation"])
+    return [given[0].moved(_shape(eqn), order.index)]
+
+
+def _rev(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
+    value = separated(labels, given[0], eqn.params["dimensions"])
+    turned = [Field(axes, own[::-1]) if axes[0] in eqn.params["dimensions"] else Field(axes, own) for axes, own in value.fields]
+    return [dataclasses.replace(value, fields=tuple(turned))]
+
+
+def _iota(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
+    del given
+    return [fresh(labels, _shape(eqn))]
+
+
+def _run_iota(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
+    del arrays
+    (whole,) = cut.bind()
+    return [taken(whole, cut.kept(cut.made[0]))]
+
+
+def taken(array: Any, indices: Sequence[np.ndarray]) -> Any:
+    """An array at some indices of each axis, which are fixed numbers.
+
+    >>> taken(jnp.arange(6).reshape(2, 3), [np.array([1]), np.array([0, 2])]).tolist()
+    [[3, 5]]
+    """
+    for axis, own in enumerate(indices):
+        n = array.shape[axis]
+        if len(own) == n and np.array_equal(own, np.arange(n)):
+            continue
+        if len(own) and np.array_equal(own, np.arange(own[0], own[0] + len(own))):
+            array = lax.slice_in_dim(array, int(own[0]), int(own[-1]) + 1, axis=axis)
+        else:
+            array = jnp.take(array, own, axis=axis, unique_indices=True, indices_are_sorted=bool((np.diff(own) > 0).all()))
+    return array
+
+
+# Parts of axes.
+
+
+def _slice(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
+    (value,) = given
+    starts, limits, strides = (eqn.params[key] for key in ("start_indices", "limit_indices", "strides"))
+    parts = [slice(a, b, c) for a, b, c in zip(starts, limits, strides or [1] * len(starts), strict=True)]
+    fields = []
+    for axes, own in value.fields:
+        cut = own[tuple(parts[a] for a in axes)]
+        fields.append(Field(axes, cut))
+    return [tidy(labels, Value(_shape(eqn), tuple(fields)))]
+
+
+def _run_by_indices(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
+    """A part of the operand: for each axis, where the labels of what is kept of the result stand in what is kept of the operand."""
+    starts, limits, strides = (cut.eqn.params[key] for key in ("start_indices", "limit_indices", "strides"))
+    left, out = cut.kept(cut.given[0]), cut.kept(cut.made[0])
+    own = []
+    for axis, (start, stride) in enumerate(zip(starts, strides or [1] * len(starts), strict=True)):
+        own.append(np.searchsorted(left[axis], start + stride * out[axis]))
+    del limits
+    return [taken(arrays[0], own)]
+
+
+def _split(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
+    (value,), axis, sizes = given, eqn.params["axis"], eqn.params["sizes"]
+    ends = np.cumsum([0, *sizes])
+    outs = []
+    for k in range(len(sizes)):
+        fields = []
+        for axes, own in value.fields:
+            part = own.take(range(ends[k], ends[k + 1]), axis=axes.index(axis)) if axis in axes else own
+            fields.append(Field(axes, part))
+        outs.append(tidy(labels, Value(_shape(eqn, k), tuple(fields))))
+    return outs
+
+
+def _run_split(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
+    axis = cut.eqn.params["axis"]
+    return cut.bind(*arrays, sizes=tuple(cut.shape(k)[axis] for k in range(len(cut.made))))
+
+
+def _concatenate(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
+    axis, shape = eqn.params["dimension"], _shape(eqn)
+    given = [separated(labels, value, [axis]) for value in given]
+    joined = np.concatenate([value.labels(axis) for value in given])
+    left = [a for a in range(len(shape)) if a != axis]
+    rest = united(labels, [_without(labels, value, left, tuple(shape[a] for a in left)) for value in given])
+    fields = [Field(tuple(left[a] for a in axes), own) for axes, own in rest.fields]
+    return [Value(shape, tuple(sorted([*fields, Field((axis,), joined)], key=lambda field: field.axes)))]
+
+
+def _pad(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
+    value, config, shape = given[0], eqn.params["padding_config"], _shape(eqn)
+    padded = [a for a, (low, high, inside) in enumerate(config) if low or high or inside]
+    value = separated(labels, value, padded)
+    fields = []
+    for axes, own in value.fields:
+        if axes[0] not in padded:
+            fields.append(Field(axes, own))
+            continue
+        (a,), (low, high, inside) = axes, config[axes[0]]
+        if inside and not labels.is_fixed(own).all():
+            labels.fix(own, "pad puts numbers between its entries")
+        stretched = labels.fresh(max(own.size + inside * (own.size - 1), 0))
+        stretched[:: inside + 1] = own
+        whole = np.concatenate([labels.fresh(max(low, 0)), stretched[max(-low, 0) :], labels.fresh(max(high, 0))])
+        fields.append(Field((a,), whole[: shape[a]]))
+    return [Value(shape, tuple(fields))]
+
+
+def _run_pad(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
+    config, out, left = [], cut.kept(cut.made[0]), cut.kept(cut.given[0])
+    for axis, (low, high, inside) in enumerate(cut.eqn.params["padding_config"]):
+        n, m = cut.given[0].shape[axis], cut.made[0].shape[axis]
+        if len(left[axis]) == n and len(out[axis]) == m:
+            config.append((low, high, inside))
+            continue
+        before = int((out[axis] < low).sum()) if low > 0 else -int((left[axis] < -low).sum())
+        after = int((out[axis] >= m - high).sum()) if high > 0 else -int((left[axis] >= n + high).sum())
+        config.append((before, after, inside))
+    return cut.bind(*arrays, padding_config=tuple(config))
+
+
+def _gather(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
+    value, where = given
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    shape, taken_apart = _shape(eqn), {*numbers.start_index_map, *numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    parted = [a for a, n in enumerate(value.shape) if a in taken_apart or sizes[a] != n]
+    value = separated(labels, value)
+    fixed(labels, value, "a lookup chooses among its entries", parted)
+    kept = [a for a in range(len(value.shape)) if a not in numbers.collapsed_slice_dims and a not in numbers.operand_batching_dims]
+    where = separated(labels, where)
+    free = [a for a in range(len(where.shape) - 1)]
+    loose = [b for b in range(len(shape)) if b not in numbers.offset_dims]
+    fields = []
+    for b, a in zip(loose, free, strict=True):
+        fields.append(Field((b,), where.labels(a)))
+    fixed(labels, where, "its numbers are indices", [len(where.shape) - 1])
+    for b, a in zip(numbers.offset_dims, kept, strict=True):
+        own = labels.fresh(shape[b]) if a in parted else value.labels(a)
+        if a in parted:
+            labels.fix(own, "a lookup chose it")
+        fields.append(Field((b,), own))
+    return [Value(shape, tuple(sorted(fields, key=lambda field: field.axes)))]
+
+
+def _run_gather(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
+    left, whole = cut.kept(cut.given[0]), cut.given[0].shape
+    sizes = [len(left[a]) if size == whole[a] else size for a, size in enumerate(cut.eqn.params["slice_sizes"])]
+    return cut.bind(*arrays, slice_sizes=tuple(sizes))
+
+
+def _dynamic_slice(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
+    value, shape = given[0], _shape(eqn)
+    parted = [a for a, n in enumerate(value.shape) if shape[a] != n]
+    value = separated(labels, value, parted)
+    fixed(labels, value, "a part of it is chosen by a number", parted)
+    fields = [Field(axes, labels.fresh(shape[axes[0]]) if axes[0] in parted else own) for axes, own in value.fields]
+    out = Value(shape, tuple(fields))
+    fixed(labels, out, "a number chose it", parted)
+    return [out]
+
+
+def _run_dynamic_slice(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
+    return cut.bind(*arrays, slice_sizes=cut.shape())
+
+
+def _dynamic_update_slice(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
+    whole, part = given[:2]
+    parted = [a for a, n in enumerate(whole.shape) if part.shape[a] != n]
+    whole, part = separated(labels, whole), separated(labels, part)
+    for value in (whole, part):
+        fixed(labels, value, "a number says where a part is put", parted)
+    for a in range(len(whole.shape)):
+        if a not in parted:
+            labels.unite(whole.labels(a), part.labels(a))
+    del eqn
+    return [whole]
+
+
+# Sums.
+
+
+def _reduced(understood: bool) -> Callable[[Labels, Any, list[Value]], list[Value]]:
+    def label(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
+        axes = eqn.params["axes"]
+        outs = []
+        for k, value in enumerate(given[: len(eqn.outvars)]):
+            own = separated(labels, value, axes, inner=True)
+            if not understood:
+                fixed(labels, own, f"{eqn.primitive.name} over it would be another", axes)
+            left = [a for a in range(len(value.shape)) if a not in axes]
+            summed = (*value.summed, *(own.labels(a) for a in axes)) if understood else ()
+            outs.append(dataclasses.replace(_without(labels, own, left, _shape(eqn, k)), summed=summed))
+        return outs
+
+    return label
+
+
+def _along(key: str) -> Callable[[Labels, Any, list[Value]], list[Value]]:
+    """Operations in which entries along one axis (or several) meet in order."""
+
+    def label(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
+        axes = eqn.params[key]
+        axes = axes if isinstance(axes, tuple) else (axes,)
+        given = [separated(labels, value, axes) for value in given if value.shape]
+        for value in given:
+            fixed(labels, value, f"{eqn.primitive.name} along it minds the order", axes)
+        out = united(labels, given)
+        return [out] * len(eqn.outvars)
+
+    return label
+
+
+def _window(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
+    shape, params = _shape(eqn), eqn.params
+    plain = [(1, 1, (0, 0), 1, 1)] * len(shape)
+    keys = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
+    rows = zip(*(params.get(key) or (1,) * len(shape) for key in keys), strict=True)
+    moved = [a for a, (row, still) in enumerate(zip(rows, plain, strict=True)) if row[:4] != still[:4]]
+    outs = []
+    for k, value in enumerate(given[: len(eqn.outvars)]):
+        single = separated(labels, value, moved)
+        fixed(labels, single, "a window moves along it", moved)
+        fields = [Field(axes, labels.fresh(shape[axes[0]]) if axes[0] in moved else own) for axes, own in single.fields]
+        out = Value(_shape(eqn, k), tuple(fields))
+        fixed(labels, out, "a window moved along it", moved)
+        outs.append(out)
+    return outs
+
+
+# Products.
+
+
+def _dot_general(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
+    (contract, batch), shape = eqn.params["dimension_numbers"], _shape(eqn)
+    left, right = given
+    single = [separated(labels, value, [*contract[k], *batch[k]]) for k, value in enumerate((left, right))]
+    left, right = single
+    for a, b in zip((*contract[0], *batch[0]), (*contract[1], *batch[1]), strict=True):
+        labels.unite(left.labels(a), right.labels(b))
+    fields = [Field((k,), left.labels(a)) for k, a in enumerate(batch[0])]
+    place = len(batch[0])
+    for k, value in enumerate((left, right)):
+        own = [a for a in range(len(value.shape)) if a not in (*contract[k], *batch[k])]
+        places = {a: place + j for j, a in enumerate(own)}
+        fields += [Field(tuple(places[a] for a in axes), labelled) for axes, labelled in value.fields if axes[0] in places]
+        place += len(own)
+    return [Value(shape, tuple(fields))]
+
+
+def _convolution(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
+    shape, (lhs, rhs, out) = _shape(eqn), eqn.params["dimension_numbers"]
+    groups = eqn.params["feature_group_count"]
+    x, w = separated(labels, given[0]), separated(labels, given[1])
+    if eqn.params["batch_group_count"] > 1:
+        return unknown(labels, eqn, given)
+    fixed(labels, x, "a filter moves along it", lhs[2:])
+    fixed(labels, w, "it is the extent of a filter", rhs[2:])
+    channels, inputs, outputs = x.labels(lhs[1]), w.labels(rhs[1]), w.labels(rhs[0])
+    if inputs.size == 1 and groups > 1:
+        # A channel and the filters that it meets alone go together.
+        labels.unite(channels.reshape(groups, 1), outputs.reshape(groups, -1))
+        labels.fix(inputs, "each filter meets one channel")
+    else:
+        # Every group keeps as many as the others: the same ones.
+        labels.unite(channels.reshape(groups, -1), inputs.reshape(1, -1))
+        labels.all_one(outputs.reshape(groups, -1), (0,))
+    fields = {out[0]: x.labels(lhs[0]), out[1]: outputs} | {a: labels.fresh(shape[a]) for a in out[2:]}
+    value = Value(shape, tuple(Field((a,), fields[a]) for a in range(len(shape))))
+    fixed(labels, value, "a filter moved along it", out[2:])
+    return [value]
+
+
+def _run_convolution(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
+    (lhs, rhs, _), groups = cut.eqn.params["dimension_numbers"], cut.eqn.params["feature_group_count"]
+    if groups > 1 and cut.given[1].shape[rhs[1]] == 1:
+        groups = len(cut.kept(cut.given[0])[lhs[1]])
+    return cut.bind(*arrays, feature_group_count=groups)
+
+
+# What is drawn, chosen and not understood.
+
+
+def _random_bits(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
+    keys = given[0]
+    fixed(labels, keys, "it numbers keys")
+    out = fresh(labels, _shape(eqn))
+    for a in range(len(keys.shape)):
+        labels.fix(out.labels(a), "it numbers keys")
+    return [out]
+
+
+def _run_random_bits(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
+    keys = len(cut.given[0].shape)
+    return cut.bind(*arrays, shape=cut.shape()[keys:])
+
+
+def unknown(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
+    """What is done with an operation of which nothing is known: nothing that it takes or gives is cut.
+
+    >>> import jax
+    >>> (eqn,) = jax.make_jaxpr(jnp.sin)(jnp.ones(2)).eqns
+    >>> labels = Labels()
+    >>> value = fresh(labels, (2,))
+    >>> out = unknown(labels, eqn, [value])
+    >>> labels.reason(value.labels(0)[1])
+    'sin is not understood'
+    """
+    for value in given:
+        fixed(labels, value, f"{eqn.primitive.name} is not understood")
+    outs = [fresh(labels, _shape(eqn, k)) for k in range(len(eqn.outvars))]
+    for value in outs:
+        fixed(labels, value, f"{eqn.primitive.name} is not understood")
+    return outs
+
+
+def _run_broadcast(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
+    return cut.bind(*arrays, shape=cut.shape())
+
+
+def _run_reshape(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
+    return cut.bind(*arrays, new_sizes=cut.shape())
+
+
+_ELEMENTWISE = (
+    "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil", "clamp",
+    "complex", "conj", "convert_element_type", "copy", "copy_p", "cos", "cosh", "digamma", "eq", "erf", "erf_inv", "erfc", "exp",
+    "exp2", "expm1", "floor", "ge", "gt", "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt",
+    "max", "min", "ne", "neg", "nextafter", "not", "or", "population_count", "pow", "real", "reduce_precision", "rem", "round",
+    "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sharding_constraint", "sign", "sin",
+    "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
+)  # fmt: skip
+
+PRIMITIVES: Mapping[str, Primitive] = {
+    **{name: Primitive(_elementwise) for name in _ELEMENTWISE},
+    "bitcast_convert_type": Primitive(_reinterpreted),
+    "div": _scaled(float),
+    "mul": _scaled(lambda n: 1 / n),
+    "optimization_barrier": Primitive(_passed),
+    "broadcast_in_dim": Primitive(_broadcast, _run_broadcast),
+    "reshape": Primitive(_reshape, _run_reshape),
+    "squeeze": Primitive(_squeeze),
+    "transpose": Primitive(_transpose),
+    "rev": Primitive(_rev),
+    "iota": Primitive(_iota, _run_iota),
+    "slice": Primitive(_slice, _run_by_indices),
+    "split": Primitive(_split, _run_split),
+    "concatenate": Primitive(_concatenate),
+    "pad": Primitive(_pad, _run_pad),
+    "gather": Primitive(_gather, _run_gather),
+    "dynamic_slice": Primitive(_dynamic_slice, _run_dynamic_slice),
+    "dynamic_update_slice": Primitive(_dynamic_update_slice),
+    "reduce_sum": Primitive(_reduced(understood=True)),
+    **{
+        name: Primitive(_reduced(understood=False))
+        for name in ("argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_xor")
+    },
+    **{name: Primitive(_along("axis")) for name in ("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum")},
+    "sort": Primitive(_along("dimension")),
+    **{name: Primitive(_window) for name in ("reduce_window", "reduce_window_max", "reduce_window_min", "reduce_window_sum")},
+    "dot_general": Primitive(_dot_general),
+    "conv_general_dilated": Primitive(_convolution, _run_convolution),
+    "random_bits": Primitive(_random_bits, _run_random_bits),
+}

@@ -1,0 +1,334 @@
+"""The classical networks: published counts, numpy's forward pass, training, types, bad fields."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxopt_lab import nets, tracing, tree
+
+KEY = jax.random.key(0)
+IMAGE = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+
+_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
+
+
+def counted(module, *example):
+    """Parameters, and multiplications of one call, from shapes alone."""
+    model = nets.from_linen(module)
+    variables = jax.eval_shape(model.init, KEY, *example)
+    return tree.size(variables["params"]), tracing.count(model.predict, variables, *example).macs
+
+
+PUBLISHED = {
+    # Torchvision's documentation of each: `num_params`, and `GFLOPS`, which are multiplications of convolutions and dense layers.
+    "resnet_18": (nets.ImageNetResNet(depth=18), 11_689_512, 1.814),
+    "resnet_34": (nets.ImageNetResNet(depth=34), 21_797_672, 3.664),
+    "resnet_50": (nets.ImageNetResNet(depth=50), 25_557_032, 4.089),
+    "vgg_16": (nets.VGG(), 138_357_544, 15.470),
+    "densenet_121": (nets.DenseNet(), 7_978_856, 2.834),
+    "mobilenet_v2": (nets.MobileNetV2(), 3_504_872, 0.301),
+}
+
+
+@pytest.mark.parametrize(("module", "parameters", "billions"), PUBLISHED.values(), ids=PUBLISHED)
+def test_published_counts(module, parameters, billions):
+    found, macs = counted(module, IMAGE)
+    assert found == parameters
+    assert round(macs / 1e9, 3) == billions
+
+
+def test_resnet_18_whole_and_with_half_of_its_channels():
+    """Torch-Pruning's figures for both, without what it adds for BatchNorm, ReLU, pooling and the last bias."""
+    half = nets.ImageNetResNet(widths=[[(width, width)] * 2 for width in (32, 64, 128, 256)], stem=32)
+    assert counted(nets.ImageNetResNet(), IMAGE) == (11_689_512, 1_814_073_344)
+    assert counted(half, IMAGE) == (3_055_880, 483_149_824)
+
+
+DEEPER = {
+    "resnet_152": (nets.ImageNetResNet(depth=152), 60_192_808),
+    "vgg_16_bn": (nets.VGG(batch_norm=True), 138_365_992),
+    "densenet_169": (nets.DenseNet(widths=[[(128, 32)] * layers for layers in (6, 12, 32, 32)]), 14_149_480),
+}
+
+
+@pytest.mark.parametrize(("module", "parameters"), DEEPER.values(), ids=DEEPER)
+def test_published_counts_of_deeper_ones(module, parameters):
+    assert tree.size(jax.eval_shape(module.init, KEY, IMAGE)["params"]) == parameters
+
+
+def test_published_counts_of_bert():
+    """The parameters of the released BERT-base, uncased; 22.5 GFLOPs at 128 tokens (Jiao et al., "TinyBERT", 2020, table 1)."""
+    parameters, macs = counted(nets.BERT(), jax.ShapeDtypeStruct((1, 128), jnp.int32))
+    assert parameters == 109_482_240
+    by_hand = 12 * (128 * (4 * 768 * 768 + 2 * 768 * 3072) + 2 * 128 * 128 * 768) + 768 * 768
+    assert macs == by_hand
+    assert abs(2 * macs / 22.5e9 - 1) < 0.01
+
+
+SMALL = {
+    "basic": nets.ImageNetResNet(widths=[[(3, 4)], [(5, 6), (2, 6)]], stem=4, classes=3, dropout=0.5),
+    "bottleneck": nets.ImageNetResNet(widths=[[(2, 3, 4)], [(3, 2, 6), (2, 5, 6)]], stem=4, classes=3, dropout=0.5),
+    "vgg": nets.VGG(widths=((3,), (4, 2)), features=(8, 5), classes=3),
+    "vgg_bn": nets.VGG(widths=((3,), (4, 2)), features=(8,), classes=3, batch_norm=True),
+    "densenet": nets.DenseNet(widths=(((4, 2), (3, 3)), ((2, 2),)), stem=4, classes=3, dropout=0.5),
+    "mobilenet": nets.MobileNetV2(widths=(((3,),), ((6, 4), (5, 4))), strides=(1, 2), stem=4, features=7, classes=3),
+    "bert": nets.BERT(vocabulary=11, positions=6, width=6, depth=2, heads=2, mlp_width=5),
+}
+
+KINDS = [name for name in SMALL if name not in ("bottleneck", "vgg")]
+
+
+def inputs(name):
+    draw = np.random.default_rng(1)
+    if name == "bert":
+        return (jnp.asarray(draw.integers(0, 11, (2, 5))), jnp.asarray(draw.integers(0, 2, (2, 5))), jnp.arange(5)[None] < 4)
+    # Sides that do not halve evenly: padding on the wrong side, or a rest of a map kept, shows.
+    return (jnp.asarray(draw.standard_normal((2, 11, 14, 3)), jnp.float32),)
+
+
+@functools.cache
+def made(name):
+    """The model, and its variables with all of them drawn at random: zeros and ones hide faults."""
+    model = nets.from_linen(SMALL[name])
+    shapes = jax.eval_shape(model.init, KEY, *inputs(name))
+    draw = np.random.default_rng(0)
+
+    def drawn(path, leaf):
+        values = 0.5 * draw.standard_normal(leaf.shape)
+        return jnp.asarray(np.exp(values) if "'var'" in jax.tree_util.keystr(path) else values, leaf.dtype)
+
+    return model, jax.tree_util.tree_map_with_path(drawn, shapes)
+
+
+class Layers:
+    """The layers of one scope in numpy, on one image `[H, W, C]` or on rows `[N, width]`, each by the name of its parameters."""
+
+    def __init__(self, params, state):
+        self.params, self.state = params, state
+
+    @classmethod
+    def of(cls, variables):
+        wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables)
+        return cls(wide["params"], wide.get("batch_stats", {}))
+
+    def inside(self, name):
+        return Layers(self.params[name], self.state.get(name, {}))
+
+    def conv(self, name, x, stride=1):
+        layer = self.params[name]
+        kernel = layer["kernel"]
+        side, _, per, width = kernel.shape
+        each = width * per // x.shape[-1]
+        x = np.pad(x, ((side // 2, side // 2), (side // 2, side // 2), (0, 0)))
+        out = np.zeros([*((n - side) // stride + 1 for n in x.shape[:2]), width])
+        for r, c, k in np.ndindex(*out.shape):
+            group = slice(k // each * per, k // each * per + per)
+            window = x[r * stride : r * stride + side, c * stride : c * stride + side, group]
+            out[r, c, k] = (window * kernel[..., k]).sum()
+        return out + layer.get("bias", 0.0)
+
+    def norm(self, name, x):
+        layer, state = self.params[name], self.state[name]
+        return (x - state["mean"]) / np.sqrt(state["var"] + 1e-5) * layer["scale"] + layer["bias"]
+
+    def layer_norm(self, name, x):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-12)
+        return x * self.params[name]["scale"] + self.params[name]["bias"]
+
+    def dense(self, name, x):
+        return x @ self.params[name]["kernel"] + self.params[name]["bias"]
+
+
+def pooled(x, side, stride, pad, how):
+    x = np.pad(x, ((pad, pad), (pad, pad), (0, 0)), constant_values=-np.inf)
+    shape = [(n - side) // stride + 1 for n in x.shape[:2]]
+    windows = [[how(x[r * stride :][:side, c * stride :][:, :side], (0, 1)) for c in range(shape[1])] for r in range(shape[0])]
+    return np.asarray(windows)
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def resnet(module, net, x):
+    x = pooled(relu(net.norm("stem_norm", net.conv("stem", x, 2))), 3, 2, 1, np.max)
+    for s, stage in enumerate(module.widths):
+        for b, widths in enumerate(stage):
+            block, y = net.inside(f"stage_{s}_block_{b}"), x
+            stride = 2 if s > 0 and b == 0 else 1
+            if len(widths) == 2:
+                y = relu(block.norm("norm_0", block.conv("conv_0", y, stride)))
+                y = block.norm("norm_1", block.conv("conv_1", y))
+            else:
+                y = relu(block.norm("norm_0", block.conv("conv_0", y)))
+                y = relu(block.norm("norm_1", block.conv("conv_1", y, stride)))
+                y = block.norm("norm_2", block.conv("conv_2", y))
+            if "shortcut" in block.params:
+                x = block.norm("shortcut_norm", block.conv("shortcut", x, stride))
+            x = relu(x + y)
+    return net.dense("head", x.mean((0, 1)))
+
+
+def vgg(module, net, x):
+    for s, stage in enumerate(module.widths):
+        for k in range(len(stage)):
+            x = net.conv(f"stage_{s}_conv_{k}", x)
+            x = relu(net.norm(f"stage_{s}_norm_{k}", x) if module.batch_norm else x)
+        x = pooled(x, 2, 2, 0, np.max)
+    x = x.reshape(-1)
+    for k in range(len(module.features)):
+        x = relu(net.dense(f"dense_{k}", x))
+    return net.dense("head", x)
+
+
+def densenet(module, net, x):
+    x = pooled(relu(net.norm("stem_norm", net.conv("stem", x, 2))), 3, 2, 1, np.max)
+    for b, block in enumerate(module.widths):
+        if b:
+            x = net.conv(f"transition_{b - 1}", relu(net.norm(f"transition_{b - 1}_norm", x)))
+            x = pooled(x, 2, 2, 0, np.mean)
+        for k in range(len(block)):
+            layer = net.inside(f"block_{b}_layer_{k}")
+            y = layer.conv("conv_0", relu(layer.norm("norm_0", x)))
+            x = np.concatenate([x, layer.conv("conv_1", relu(layer.norm("norm_1", y)))], -1)
+    return net.dense("head", relu(net.norm("norm", x)).mean((0, 1)))
+
+
+def mobilenet(module, net, x):
+    def relu6(x):
+        return np.clip(x, 0, 6)
+
+    x = relu6(net.norm("stem_norm", net.conv("stem", x, 2)))
+    for s, stage in enumerate(module.widths):
+        for b, widths in enumerate(stage):
+            block, y = net.inside(f"stage_{s}_block_{b}"), x
+            if len(widths) == 2:
+                y = relu6(block.norm("expand_norm", block.conv("expand", y)))
+            y = relu6(block.norm("depthwise_norm", block.conv("depthwise", y, 1 if b else module.strides[s])))
+            y = block.norm("project_norm", block.conv("project", y))
+            x = x + y if b else y
+    x = relu6(net.norm("features_norm", net.conv("features", x)))
+    return net.dense("head", x.mean((0, 1)))
+
+
+def bert(module, net, tokens, segments, mask):
+    z = sum(net.params[name]["embedding"][at] for name, at in (("tokens", tokens), ("segments", segments)))
+    z = net.layer_norm("norm", z + net.params["positions"]["embedding"][: len(tokens)])
+    size = module.width // module.heads
+    for k in range(module.depth):
+        block = net.inside(f"block_{k}")
+        q, k_, v = (block.dense(name, z) for name in ("query", "key", "value"))
+        heads = []
+        for h in range(module.heads):
+            part = slice(h * size, (h + 1) * size)
+            scores = np.exp(q[:, part] @ k_[mask][:, part].T / math.sqrt(size))
+            heads.append(scores / scores.sum(1, keepdims=True) @ v[mask][:, part])
+        z = block.layer_norm("norm_attention", z + block.dense("out", np.concatenate(heads, 1)))
+        hidden = block.dense("hidden", z)
+        gelu = 0.5 * hidden * (1 + np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+        z = block.layer_norm("norm_mlp", z + block.dense("mlp_out", gelu))
+    return z, np.tanh(net.dense("pooler", z[0]))
+
+
+FORWARD = {"basic": resnet, "bottleneck": resnet, "vgg": vgg, "vgg_bn": vgg, "densenet": densenet, "mobilenet": mobilenet}
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_as_numpy_computes_it(name):
+    model, variables = made(name)
+    (x,) = inputs(name)
+    net = Layers.of(variables)
+    wanted = [FORWARD[name](SMALL[name], net, image) for image in np.asarray(x, np.float64)]
+    found = _jit(model.predict)(variables, x)
+    assert found.shape == (2, 3)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_bert_as_numpy_computes_it():
+    model, variables = made("bert")
+    tokens, segments, mask = inputs("bert")
+    net = Layers.of(variables)
+    states, first = _jit(model.predict)(variables, tokens, segments, jnp.broadcast_to(mask, tokens.shape))
+    for b in range(2):
+        wanted, wanted_first = bert(SMALL["bert"], net, *map(np.asarray, (tokens[b], segments[b], mask[0])))
+        np.testing.assert_allclose(states[b], wanted, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(first[b], wanted_first, rtol=1e-4, atol=1e-4)
+
+
+def test_bert_without_segments_and_where_all_is_padding():
+    model, variables = made("bert")
+    tokens, segments, _ = inputs("bert")
+    predict = _jit(model.predict)
+    plain = predict(variables, tokens)
+    same = predict(variables, tokens, 0 * segments, jnp.ones((2, 5), bool))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), plain, same)
+    nothing = predict(variables, tokens, segments, jnp.zeros((2, 5), bool))
+    assert all(np.isfinite(leaf).all() for leaf in nothing)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_training_drops_and_moves_every_statistic(name):
+    model, variables = made(name)
+    train = _jit(jax.vmap(lambda key: model.apply(variables, *inputs(name), train=True, key=key)))
+    outputs, state = train(jax.random.split(KEY, 2))
+    outputs = jax.tree.leaves(outputs)[0]
+    assert (outputs[0] != outputs[1]).any()
+    assert np.isfinite(outputs).all()
+    old = variables.get("batch_stats", {})
+    assert bool(old) == (name != "bert")
+    moved = jax.tree.map(lambda a, b: bool((a[0] != b).all()), state.get("batch_stats", {}), old)
+    assert all(jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_types_of_parameters_and_of_computation(name):
+    half = nets.from_linen(SMALL[name].clone(dtype=jnp.bfloat16, param_dtype=jnp.float16))
+    variables = jax.eval_shape(half.init, KEY, *inputs(name))
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {jnp.dtype(jnp.float16)}
+    outputs = jax.eval_shape(half.predict, variables, *inputs(name))
+    assert {leaf.dtype for leaf in jax.tree.leaves(outputs)} == {jnp.dtype(jnp.bfloat16)}
+    with jax.enable_x64(True):
+        double = nets.from_linen(SMALL[name].clone(param_dtype=jnp.float64))
+        given = [x.astype(jnp.float64) if x.dtype == jnp.float32 else x for x in inputs(name)]
+        variables = jax.eval_shape(double.init, jax.random.key(0), *given)
+        outputs = jax.eval_shape(double.predict, variables, *given)
+        assert {leaf.dtype for leaf in jax.tree.leaves((variables["params"], outputs))} == {jnp.dtype(jnp.float64)}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_initialiser_is_every_kernels(name):
+    seen = []
+
+    def zeros(key, shape, dtype):
+        seen.append(shape)
+        return jnp.zeros(shape, dtype)
+
+    variables = jax.eval_shape(SMALL[name].clone(kernel_init=zeros).init, KEY, *inputs(name))
+    assert sorted(seen) == sorted(leaf.shape for leaf in tree.selected(variables, "**/kernel").values())
+
+
+WRONG = {
+    "depth": (nets.ImageNetResNet(depth=20), "depth must be one of 18, 34, 50, 101, 152, or give widths; got 20"),
+    "block": (nets.ImageNetResNet(widths=[[(4,)]]), r"widths of stage_0_block_0 must be two .* or three .*; got \(4,\)"),
+    "basic": (nets.ImageNetResNet(widths=[[(4, 4), (4, 5)]]), "stage_0_block_1 takes 4 channels and puts out 5"),
+    "vgg": (nets.VGG(), "images of 16 x 18 are too small for 5 stages"),
+    "densenet": (nets.DenseNet(widths=[[(1, 1)]] * 4), "images of 16 x 18 are too small for 4 blocks"),
+    "transitions": (nets.DenseNet(transitions=(2,)), r"transitions must be 3, .*; got \(2,\)"),
+    "strides": (nets.MobileNetV2(strides=(1, 2)), r"strides must be 7, .*; got \(1, 2\)"),
+    "inverted": (nets.MobileNetV2(widths=[[(1, 2, 3)]], strides=[1]), r"widths of stage_0_block_0 must be .*; got \(1, 2, 3\)"),
+    "mobilenet": (nets.MobileNetV2(widths=[[(8,), (6, 9)]], strides=[1]), "stage_0_block_1 takes 8 channels and puts out 9"),
+    "heads": (nets.BERT(heads=5), "width=768 is not shared evenly by heads=5"),
+    "positions": (nets.BERT(positions=4), r"tokens of shape \(1, 6\) are longer than positions=4"),
+}
+
+
+@pytest.mark.parametrize(("module", "message"), WRONG.values(), ids=WRONG)
+def test_fields_that_do_not_fit_are_named(module, message):
+    x = jnp.ones((1, 6), int) if isinstance(module, nets.BERT) else jnp.ones((1, 16, 18, 3))
+    with pytest.raises(ValueError, match=message) as caught:
+        jax.eval_shape(module.init, KEY, x)
+    assert "\n" not in str(caught.value)
