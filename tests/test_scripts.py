@@ -77,6 +77,15 @@ def test_leaves(benchmark):
     assert all(row["ms"] > 0 for row in rows)
 
 
+def test_slim(benchmark):
+    rows = benchmark(load("benchmark_slim"), "--tiny", "--batches", "2", "--repeats", "1")
+    assert [row["case"] for row in rows] == ["coupling, ResNet-18", "ResNet-18", "Transformer, 6 layers"]
+    assert rows[0]["groups"] == 12
+    for row in rows[1:]:
+        assert 0.2 < row["macs_ratio"] < 0.6
+        assert row["time_to_macs"] == pytest.approx(row["time_ratio"] / row["macs_ratio"], rel=1e-2)
+
+
 def test_imports(benchmark, monkeypatch):
     module = load("benchmark_import")
     # In fresh processes as it stands, but of modules that cost next to nothing.
