@@ -9,14 +9,14 @@ A model is a pure function `apply` and a tree of parameters. Four kinds of piece
 
 The floors, each of which imports only lower ones (a test walks the imports):
 
-    0  core          paths and selectors, landing, straight-through, keys of rows, the walk over a traced program
+    0  core          paths and selectors, landing, straight-through, keys of rows, walks over a traced program, coupled channels
     1  schedules     curves of the step counter: rates, sparsity, temperature, batch size
     1  losses        what optax lacks, and distillation
     1  regularize    penalties, proximal operators, their transforms
     1  prune         criterion x distribution x pattern, and the wrapper `sparsify`
     1  compress      compressed leaves, and `lift`: the same function on a compressed tree; calibration, rounding, training
     1  nets          Flax modules with width and depth as fields, and the `Model` pair
-    2  surgery       the same function in another shape: BatchNorm folded into the weights before it
+    2  surgery       the same function in another shape: slimmed by coupled channels, BatchNorm folded
     2  checkpoint    trees on Orbax with a manifest, restored without a target
     2  data          arrays, data sets, batches as f(seed, step)
     3  train         state, step, loop, evaluation

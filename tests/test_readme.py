@@ -39,5 +39,9 @@ def test_the_samples_run(tmp_path, monkeypatch, capsys):
     assert any("lab.parallel.pmap" in other for other in others)
     for other in others:
         exec(other, names)
+    masked = names["lab"].surgery.mask(names["variables"], names["plan"])
+    np.testing.assert_allclose(names["slim_logits"], jax.jit(names["model"].predict)(masked, digits.test["x"]), atol=1e-4)
+    assert names["begun_anew"] == ()
+    assert "Dense_0/kernel" in capsys.readouterr().out
     assert int(names["state"].step) == int(state.step) + 1
     assert len(names["state"].params["Dense_0"]["kernel"].sharding.device_set) == jax.device_count()
