@@ -5,8 +5,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxopt_lab.core.files import write
 from jaxopt_lab.report.measure import Stage
-from jaxopt_lab.train.files import write
 
 __all__ = ["picture"]
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxopt_lab.core.files import finite, write
 from jaxopt_lab.report.measure import Stage
-from jaxopt_lab.train.files import finite, write
 
 __all__ = ["from_json", "markdown", "table", "to_json"]
 

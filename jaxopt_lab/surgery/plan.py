@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import os
-import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from jaxopt_lab.core import tree
 from jaxopt_lab.core.coupling.primitives import taken
 from jaxopt_lab.core.coupling.values import kept
 from jaxopt_lab.core.coupling.walk import cut
+from jaxopt_lab.core.files import write
 from jaxopt_lab.core.types import PyTree
 from jaxopt_lab.prune.state import PackedMask, pack, unpack
 from jaxopt_lab.surgery.coupled import walked
@@ -171,23 +171,12 @@ class Plan:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the plan as JSON, whole or not at all."""
-        final = Path(path).absolute()
         whole = {
             "format": _FORMAT,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "kept": {name: [own.tolist() for own in axes] for name, axes in self.kept.items()},
         }
-        final.parent.mkdir(parents=True, exist_ok=True)
-        beside = final.parent / f".{final.name}.{secrets.token_hex(8)}"
-        try:
-            with open(beside, "x", encoding="utf-8") as file:
-                json.dump(whole, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, final)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
+        write(path, json.dumps(whole).encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Plan":

@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxopt_lab.train.files import finite, write
+from jaxopt_lab.core.files import finite, write
 
 __all__ = ["EarlyStopping", "Metrics", "Progress"]
 

@@ -140,8 +140,8 @@ def _dense_program(name: str):
     return _jit(jax.value_and_grad(functools.partial(_loss, _case(name).apply), has_aux=True))
 
 
-# Every leaf on three models and every model with two leaves each time; the rest of the table with `scripts/test -m slow`.
-_ALWAYS = (("mlp", "residual", "pure"), ("int8 per channel", "low rank"))
+# Every leaf on two models and every model with two leaves each time; the rest of the table with `scripts/test -m slow`.
+_ALWAYS = (("residual", "pure"), ("int8 per channel", "low rank"))
 _TABLE = [
     pytest.param(model, leaf, marks=() if model in _ALWAYS[0] or leaf in _ALWAYS[1] else pytest.mark.slow)
     for model in MODELS
