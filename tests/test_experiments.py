@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxopt_lab import cli, report
+from jaxopt_lab import cli, data, report
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -151,3 +151,43 @@ def test_both_ends_of_every_network_keep_more_bits(side, bits):
         assert (first, last, sorted(found.values())[:-2]) == (8, 8, [bits] * (len(found) - 2))
         # The last one gives the ten logits.
         assert variables["params"][network.ends[1]]["kernel"].shape[-1] == 10
+
+
+@pytest.mark.usefixtures("_in_a_hurry")
+def test_a_slimmed_network_against_its_controls(tmp_path, capsys):
+    study = load("slim")
+    short = ["--epochs", "1", "--fine-epochs", "1", "--batch-size", "240", "--repeats", "1", "--seeds", "0", "--widths", "8"]
+    arguments = ["--dataset", "digits", "--out", str(tmp_path), *short]
+    assert cli.main(study.study, study.Config, arguments) == 0
+    said = capsys.readouterr().out
+    lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    assert json.loads((tmp_path / "summary.json").read_text()) == lines
+    assert [line["stage"] for line in lines] == ["dense", "slimmed", "slimmed, trained on", "random, trained on", "from scratch"]
+    dense, *smaller = lines
+    # On 8 x 8 pixels three convolutions of 3 x 3, each normalised; then eight features to ten logits.
+    assert dense["parameters"] == 9 * (8 + 64 + 64) + 3 * 2 * 8 + 90
+    assert dense["macs"] == 64 * 9 * (8 + 64 + 64) + 80
+    # All are of one shape, within the budget.
+    assert {line["macs"] for line in smaller} == {smaller[0]["macs"]}
+    assert {line["parameters"] for line in smaller} == {smaller[0]["parameters"]}
+    assert smaller[0]["macs"] <= dense["macs"] // 4
+    assert smaller[0]["file_bytes"] < dense["file_bytes"]
+    assert [line["aim"] for line in lines] == [None, None, 0.3, None, None]
+    judged = lines[2]
+    assert judged["missed_by"] == pytest.approx(max(0, -0.3 - judged["points_mean"]), abs=1e-3)
+    assert ("missed by" if judged["missed_by"] else "met") in said
+    stages = report.from_json(tmp_path / "seed_0" / "stages.json")
+    assert all(stage.latency_ms.keys() == {1, 64} for stage in stages)
+    assert stages[0].extra["time to dense at 64"] == 1
+    # What is drawn for the training from scratch has the variance of an initialiser at the slimmed shapes, not at the whole ones.
+    lab = study.Lab(study.Config(widths=(64,)), data.digits())
+    shapes = jax.eval_shape(lab.model.init, jax.random.key(0), jax.numpy.ones((1, 8, 8, 1)))
+    model, small = lab.slim(jax.tree.map(lambda leaf: jax.numpy.ones(leaf.shape), shapes))
+    kernel = lab.drawn(model, 0)["params"]["Conv_2"]["kernel"]
+    assert kernel.shape == small["params"]["Conv_2"]["kernel"].shape < (3, 3, 64, 64)
+    assert float(kernel.std()) == pytest.approx((2 / (9 * kernel.shape[2])) ** 0.5, rel=0.05)
+    # What is wrong is told before anything trains.
+    study.Lab.train = lambda *args, **kwargs: pytest.fail("a training began")
+    for wrong, message in (("1", "part=1.0 must lie between 0 and 1"), ("nan", "part=nan must lie between 0 and 1")):
+        assert cli.main(study.study, study.Config, [*arguments, "--part", wrong]) == 2
+        assert message in capsys.readouterr().err

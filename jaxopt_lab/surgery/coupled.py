@@ -98,7 +98,7 @@ def coupled_channels(apply: Callable[..., Any], params: PyTree, *example: Any) -
     indices meet (a sum, the two sides of a product), their labels become one, through transposes, reshapes, concatenations, slices,
     convolutions in groups, attention, recurrent state under `scan`, `cond`, rematerialisation and functions with derivatives of
     their own. What belongs to inputs or outputs, and what an operation touches that is not understood, is protected, with the
-    reason.
+    reason; so are units that would add to a sum even as zeros, and parameters that the function does not read.
 
     Where a reshape parts an axis in two, one can cut along one part: whole slices of the outer one where a product meets the parts
     apart (the heads of an attention), the same inner ones of every slice where they are summed apart (the channels in the groups of
@@ -107,8 +107,8 @@ def coupled_channels(apply: Callable[..., Any], params: PyTree, *example: Any) -
     Args:
       apply: `apply(params, *inputs) -> outputs`: `model.predict`, a Linen `module.apply`, a bare function.
       params: any tree, running statistics and compressed leaves included; shapes will do.
-      example: inputs, arrays or shapes. An output whose path ends as that of a parameter of the same shape does (the new running
-        statistics of `model.apply`) is taken for its next value, and is not protected.
+      example: inputs, arrays or shapes. An output whose path ends as that of a parameter of the same shape does, in two names
+        or more (the new running statistics of `model.apply`), is taken for its next value, and is not protected.
 
     Raises:
       NotImplementedError, TypeError: what tracing the function raises.
@@ -146,9 +146,10 @@ def _tied(program: Program) -> dict[int, int]:
     tied = {}
     for k, (name, out) in enumerate(zip(*tree.flatten(program.outputs)[:2], strict=True)):
         parts = name.split("/")
-        for start in range(len(parts)):
+        # A single name may be the same by accident.
+        for start in range(len(parts) - 1):
             own = places.get("/".join(parts[start:]))
-            if own is not None and "/".join(parts[start:]) and program.jaxpr.in_avals[own].shape == out.shape:
+            if own is not None and program.jaxpr.in_avals[own].shape == out.shape:
                 tied[k] = own
                 break
     return tied

@@ -49,17 +49,17 @@ class Plan:
 
         Args:
           params: a tree of the paths and shapes that the plan was made for; or a subtree of it, such as the parameters without the
-            running statistics, whose paths are the ends of those. Compressed leaves become dense.
+            running statistics. Compressed leaves become dense.
 
         Raises:
-          ValueError: a path is unknown or has another shape.
+          ValueError: a path is unknown, has another shape, or could be of several subtrees.
 
         >>> plan = Plan({"w": (3, 2)}, {"w": (np.array([0, 2]), np.array([0, 1]))})
         >>> plan.cut({"w": np.arange(6.0).reshape(3, 2)})["w"].tolist()
         [[0.0, 1.0], [4.0, 5.0]]
         """
         names, leaves, treedef = tree.flatten(decompress(params))
-        paths = [self._known(name, leaf, self.shapes.__getitem__) for name, leaf in zip(names, leaves, strict=True)]
+        paths = self._checked(names, leaves, self.shapes.__getitem__)
         # One program, and not one for each shape.
         small = jax.jit(lambda leaves: [taken(leaf, self._axes(path)) for path, leaf in zip(paths, leaves, strict=True)])
         return jax.tree.unflatten(treedef, small(leaves))
@@ -75,14 +75,14 @@ class Plan:
         [1.0, 0.0, 2.0]
         """
         names, leaves, treedef = tree.flatten(small)
-        paths = [self._known(name, leaf, self._small) for name, leaf in zip(names, leaves, strict=True)]
+        paths = self._checked(names, leaves, self._small)
         full = jax.jit(lambda leaves: [self._full(path, leaf) for path, leaf in zip(paths, leaves, strict=True)])
         return jax.tree.unflatten(treedef, full(leaves))
 
     def bind(self, apply: Callable[..., Any]) -> Callable[..., Any]:
         """The function of the smaller tree: `plan.bind(apply)(plan.cut(params), *args)` is `apply(mask(params, plan), *args)`.
 
-        That holds wherever a cut unit of zeros adds nothing; a normalisation over units (LayerNorm) is of those that are left.
+        A mean over units, as a normalisation (LayerNorm) takes it, is of those that are left: there the two differ.
 
         The function is traced anew in each call, at the shapes of its arguments: batch and length are free. Jit it. Any function of
         the same parameters will do, so `plan.bind(model.apply)` trains what `slim(model.predict, ...)` cut; an output that is a
@@ -137,7 +137,8 @@ class Plan:
         def loose(state: PyTree) -> PyTree:
             return jax.tree.map(unpack, state, is_leaf=_is_packed)
 
-        places = {name: self._path(name) for name in tree.paths(params)}
+        seen = tree.paths(params)
+        places = dict(zip(seen, self._paths(seen), strict=True))
         names, old, treedef = tree.flatten(loose(state))
         _, new, expected = tree.flatten(loose(tx.init(self.cut(params))))
         if treedef != expected:
@@ -215,21 +216,24 @@ class Plan:
     def _small(self, path: str) -> tuple[int, ...]:
         return tuple(len(own) for own in self._axes(path))
 
-    def _path(self, name: str) -> str | None:
-        """The parameter whose path is `name`, or the longest one that ends one of the two."""
-        if name in self.shapes:
-            return name
-        ends = [path for path in self.shapes if path.endswith(f"/{name}") or name.endswith(f"/{path}")]
-        return max(ends, key=len, default=None)
+    def _paths(self, names: list[str]) -> list[str]:
+        """The paths in the plan of the leaves of a tree: the whole one, or a subtree, whose paths all lack the same beginning."""
+        begins = {path[: len(path) - len(names[0])] for path in self.shapes if path.endswith(f"/{names[0]}")} if names else set()
+        fitting = [begin for begin in ("", *sorted(begins)) if all(begin + name in self.shapes for name in names)]
+        if not fitting:
+            odd = next((name for name in names if name not in self.shapes), "")
+            raise ValueError(f"{odd} is no parameter of the plan")
+        if len(fitting) > 1 and fitting[0]:
+            raise ValueError(f"{names[0]} may be {' or '.join(begin + names[0] for begin in fitting)}: pass the whole tree")
+        return [fitting[0] + name for name in names]
 
-    def _known(self, name: str, leaf: Any, shape_of: Callable[[str], tuple[int, ...]]) -> str:
-        """The path in the plan of a leaf, whose shape has to be that of it."""
-        path = self._path(name)
-        if path is None:
-            raise ValueError(f"{name} is no parameter of the plan")
-        if jnp.shape(leaf) != shape_of(path):
-            raise ValueError(f"{name} has shape {jnp.shape(leaf)}, and the plan is for {shape_of(path)}")
-        return path
+    def _checked(self, names: list[str], leaves: list[Any], shape_of: Callable[[str], tuple[int, ...]]) -> list[str]:
+        """The paths in the plan of leaves whose shapes have to be those of it."""
+        paths = self._paths(names)
+        for name, path, leaf in zip(names, paths, leaves, strict=True):
+            if jnp.shape(leaf) != shape_of(path):
+                raise ValueError(f"{name} has shape {jnp.shape(leaf)}, and the plan is for {shape_of(path)}")
+        return paths
 
     def _full(self, path: str, leaf: Any) -> Any:
         if path not in self.kept:
@@ -279,7 +283,7 @@ def _is_packed(node: Any) -> bool:
     return isinstance(node, PackedMask)
 
 
-def _of_parameter(name: str, places: Mapping[str, str | None]) -> str | None:
+def _of_parameter(name: str, places: Mapping[str, str]) -> str | None:
     """The path in the plan of the parameter that an array of a state belongs to: the longest one that its own ends in."""
     parts = name.split("/")
     while True:

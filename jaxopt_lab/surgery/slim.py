@@ -152,7 +152,8 @@ def slim(
 
     No model is edited. Coupled channels are found in the traced program (`coupled_channels`), of each group the units with the
     lowest scores are cut from all of its members, and the function runs at the smaller shapes: `small_apply(small_params, x)` is
-    `apply(mask(params, plan), x)` where no normalisation mixes units (LayerNorm is one of those that are left).
+    `apply(mask(params, plan), x)` where no mean is taken over units, as LayerNorm does: that is of the units that are left. Units
+    that would add to a sum though they are zeros (the sum of an exponential) are protected.
 
     Args:
       apply: `apply(params, *inputs) -> outputs`; or a `nets.Model`, whose `predict` is walked, and which comes back as a model.

@@ -34,6 +34,16 @@ def test_what_is_one_is_a_component_of_the_graph():
         assert labels.reason(held[0]) == "early"
 
 
+def test_what_is_fixed_stays_so_along_a_chain():
+    labels = Labels()
+    chain = labels.fresh(9)
+    labels.fix(chain[-1:], "the end")
+    labels.own(chain[4:5])
+    labels.unite(chain[:-1], chain[1:])
+    assert labels.is_fixed(chain).all()
+    assert labels.is_owned(chain).all()
+
+
 def test_an_axis_that_came_apart_keeps_a_rectangle():
     labels = Labels()
     heads = reshaped(labels, fresh(labels, (5, 12)), (5, 3, 4), equal_blocks((5, 12), (5, 3, 4)))

@@ -520,13 +520,124 @@ def test_coupling_prints_legibly():
         return jnp.concatenate([h, jnp.sort(h, axis=-1)], -1) @ params["b"]
 
     assert str(coupled_channels(apply, params, jnp.ones((1, 3)))) == (
-        "2 units\n    loose[0]\n5 units\n    loose[1]\nprotected\n"
+        "protected\n"
         "    a/bias[0], 4 indices: sort along it minds the order\n"
         "    a/kernel[0], 3 indices: it is input 0\n"
         "    a/kernel[1], 4 indices: sort along it minds the order\n"
         "    b[0], 8 indices: sort along it minds the order\n"
-        "    b[1], 2 indices: it is output 0"
+        "    b[1], 2 indices: it is output 0\n"
+        "    loose[0], 2 indices: this function does not read it\n"
+        "    loose[1], 5 indices: this function does not read it"
     )
+
+
+def _hidden(p, x):
+    return jnp.tanh(x @ p["a"])
+
+
+def _shifted(p, x):
+    h = _hidden(p, x)
+    return (h[:, :6] + h[:, 2:]) @ p["b"][:6] + jnp.sort(h[:, 6:]) @ p["b"][:2]
+
+
+def _one_by_one(p, x):
+    h = _hidden(p, x)
+    return sum(jnp.outer(h[:, i], p["b"][i]) for i in range(4)) + h[:, 4:] @ p["b"][4:]
+
+
+def _groups(p, x):
+    groups = jnp.split(_hidden(p, x).reshape(5, 4, 2), 4, axis=1)
+    return sum(part[:, 0] @ p["b"][2 * k : 2 * k + 2] for k, part in enumerate(groups))
+
+
+def _moved(p, x):
+    h = _hidden(p, x)
+    return (jnp.roll(h, 3, 1) + h[:, ::-1] + jnp.tile(h[:, :4], 2)) @ p["b"]
+
+
+def _branch(p, x):
+    h = _hidden(p, x)
+    return jax.lax.cond(x.sum() > 0, jnp.tanh, jnp.sin, h - h.mean(0)[None]) @ p["b"]
+
+
+PROBES = {
+    # What is 0 where a unit is masked, or goes with weights that are.
+    "an activation that is not 0 at 0": lambda p, x: jnp.cos(x @ p["a"]) @ p["b"],
+    "a sum of zeros": lambda p, x: _hidden(p, x).sum(1) + jax.nn.gelu(x @ p["a"]).sum(1),
+    "a divisor that is as large by chance": lambda p, x: (_hidden(p, x).sum(1) ** 2) / 8 + (_hidden(p, x).sum(1) + 1) / 8,
+    "a divisor in a loop": lambda p, x: jax.lax.fori_loop(0, 3, lambda i, c: c / 8, _hidden(p, x).sum(1)),
+    "numbers drawn inside": lambda p, x: jnp.cos(x @ p["a"] + jax.random.uniform(KEY, (1, 8))) @ p["b"],
+    "constants along the channels": lambda p, x: (
+        (_hidden(p, x) * np.arange(8.0, dtype=np.float32)[None] + np.ones((1, 8))) @ p["b"]
+    ),
+    "one channel for all": lambda p, x: (_hidden(p, x) * _hidden(p, x)[:, :1] + _hidden(p, x)[:, 1][:, None]) @ p["b"],
+    "a lookup along the rows": lambda p, x: jnp.take_along_axis(_hidden(p, x), jnp.argsort(x @ p["a"], axis=0), axis=0) @ p["b"],
+    "a derivative of one's own that closes over an array": lambda p, x: _weighted(x @ p["a"]) @ p["b"],
+    "the root of a sum of squares": lambda p, x: jnp.sqrt(jnp.sum((x @ p["a"]) ** 2, axis=1)),
+    "numbers between": lambda p, x: jax.lax.pad(_hidden(p, x), 0.0, ((0, 0, 0), (1, 0, 1)))[:, 1::2] @ p["b"],
+    "shifted sums": _shifted,
+    "channels one by one": _one_by_one,
+    "groups one by one": _groups,
+    "rolled, reversed, tiled": _moved,
+    "a mean over rows, and a branch": _branch,
+}
+
+
+@jax.custom_vjp
+def _weighted(h):
+    return h * np.linspace(1.0, 2.0, 8, dtype=np.float32)[None]
+
+
+_weighted.defvjp(lambda h: (_weighted(h), None), lambda _, g: (2 * g,))
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_what_is_cut_is_what_mask_says(name):
+    apply, x = PROBES[name], _normal(5, 3)
+    params = {"a": _normal(3, 8, seed=1), "b": _normal(8, 2, seed=2), "c": _normal(2, 2, seed=3)}
+    if not any(group.units > 1 for group in coupled_channels(apply, params, x).groups):
+        # All of it is protected.
+        assert name in ("shifted sums", "numbers between", "groups one by one", "rolled, reversed, tiled")
+        return
+    small_apply, small, plan = slim(apply, params, x, ratio=0.5)
+    got, grads = _value_and_gradient(small_apply, small, x)
+    want, masked = _value_and_gradient(apply, mask(params, plan), x)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), grads, plan.cut(masked))
+
+
+@pytest.mark.parametrize(
+    ("apply", "reason"),
+    [
+        (lambda p, x: jnp.exp(x @ p["a"]).sum(1), "a unit of zeros would add to the sum over it"),
+        (lambda p, x: jax.nn.softplus(x @ p["a"]).sum(-1), "a unit of zeros would add to the sum over it"),
+        (lambda p, x: jnp.exp(x @ p["a"]) @ np.ones((8, 2), np.float32), "a unit of zeros would add to the sum over it"),
+        (lambda p, x: jnp.mean((x @ p["a"] - jax.nn.one_hot(jnp.arange(5), 8)) ** 2), "its indices are counted"),
+        (lambda p, x: jax.nn.softmax(x @ p["a"]) @ p["b"], "reduce_max over it would be another"),
+        (lambda p, x: jnp.cumsum(x @ p["a"], axis=1) @ p["b"], "cumsum along it minds the order"),
+        (lambda p, x: (x @ p["a"]).at[:, 2].set(0.0) @ p["b"], "scatter is not understood"),
+        (lambda p, x: (jnp.tanh(x @ p["a"]), x @ p["a"] @ p["b"]), "it is output 0"),
+    ],
+)
+def test_what_would_be_wrong_is_protected(apply, reason):
+    params = {"a": _normal(3, 8), "b": _normal(8, 2, seed=1)}
+    protected = {(entry.path, entry.axis): entry.reason for entry in coupled_channels(apply, params, _normal(5, 3)).protected}
+    assert protected["a", 1] == reason
+
+
+def test_trees_that_look_alike_are_not_taken_for_each_other():
+    net = {"d": {"k": _normal(3, 4)}, "o": _normal(4, 2, seed=1)}
+    params = {"params": net, "ema": net}
+    apply = lambda p, x: jnp.tanh(x @ p["params"]["d"]["k"]) @ p["params"]["o"]  # noqa: E731
+    _, small, plan = slim(apply, params, jnp.ones((1, 3)), ratio=0.5)
+    assert small["ema"]["o"].shape == (4, 2)
+    assert small["params"]["o"].shape == (2, 2)
+    with pytest.raises(ValueError, match=r"^d/k may be ema/d/k or params/d/k: pass the whole tree"):
+        plan.cut(net)
+    with pytest.raises(ValueError, match=r"^other is no parameter of the plan"):
+        plan.cut({"other": net["o"]})
+    # An output of a single name is one, whatever it is called.
+    assert "it is output 0" in str(coupled_channels(lambda p, x: {"a": jnp.tanh(x @ p["a"])}, {"a": _normal(3, 8)}, _normal(3, 3)))
 
 
 @pytest.mark.parametrize(

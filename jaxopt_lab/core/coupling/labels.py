@@ -28,6 +28,7 @@ class Labels:
         self._owned = np.zeros(1024, bool)
         self._count = 0
         self._reasons: list[tuple[np.ndarray, str]] = []
+        self._suspected: list[tuple[tuple[np.ndarray, ...], str]] = []
 
     def fresh(self, *shape: int) -> np.ndarray:
         """New labels, of a shape."""
@@ -49,18 +50,18 @@ class Labels:
     def unite(self, a: np.ndarray, b: np.ndarray) -> None:
         """Each label of `a` is one with that of `b` at the same place; they are broadcast against each other."""
         a, b = (x.reshape(-1) for x in np.broadcast_arrays(a, b))
+        met = np.concatenate([self.root(a), self.root(b)])
         while True:
             a, b = self.root(a), self.root(b)
             differ = a != b
             if not differ.any():
-                return
+                break
             a, b = a[differ], b[differ]
             low, high = np.minimum(a, b), np.maximum(a, b)
-            for flags in (self._fixed, self._owned):
-                either = flags[low] | flags[high]
-                flags[low[either]] = flags[high[either]] = True
             # Where several lows meet one high, the least wins, and the others come round again.
             np.minimum.at(self._parent, high, low)
+        for flags in (self._fixed, self._owned):
+            np.logical_or.at(flags, self.root(met), flags[met])
 
     def fix(self, labels: np.ndarray, reason: str) -> None:
         """Labels are never cut; a reason that was given before stands."""
@@ -75,6 +76,21 @@ class Labels:
     def is_owned(self, labels: np.ndarray) -> np.ndarray:
         """Which labels stand for indices of a parameter."""
         return self._owned[self.root(labels)]
+
+    def suspect(self, summed: tuple[np.ndarray, ...], reason: str) -> None:
+        """Labels are fixed in the end, unless what was made of them turns out to be a mean (`settle`)."""
+        self._suspected.append((summed, reason))
+
+    def settle(self, summed: tuple[np.ndarray, ...]) -> None:
+        """A sum is that of a mean, which is of what is left."""
+        self._suspected = [(own, reason) for own, reason in self._suspected if not _same(own, summed)]
+
+    def convict(self) -> None:
+        """Fixes what is still suspected."""
+        for summed, reason in self._suspected:
+            for own in summed:
+                self.fix(own, reason)
+        self._suspected = []
 
     def is_fixed(self, labels: np.ndarray) -> np.ndarray:
         """Which labels are never cut."""
@@ -100,3 +116,7 @@ class Labels:
 
     def __len__(self) -> int:
         return self._count
+
+
+def _same(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...]) -> bool:
+    return len(a) == len(b) and all(x is y or np.array_equal(x, y) for x, y in zip(a, b, strict=True))

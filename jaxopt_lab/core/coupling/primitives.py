@@ -14,7 +14,7 @@ from jax import lax
 from jax.extend.core import Literal
 
 from jaxopt_lab.core.coupling.labels import Labels
-from jaxopt_lab.core.coupling.values import Field, Value, fixed, fresh, reshaped, separated, tidy, united
+from jaxopt_lab.core.coupling.values import Field, Value, fixed, fresh, reshaped, separated, single, tidy, united
 from jaxopt_lab.core.shapes import equal_blocks
 
 __all__ = ["PRIMITIVES", "Cut", "Primitive", "taken", "unknown"]
@@ -70,15 +70,72 @@ def _elementwise(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
     spread = [_spread(labels, value, shape) for value in given if len(value.shape) == len(shape)]
     if not spread:
         return [fresh(labels, shape)] * len(eqn.outvars)
-    return [spread[0] if len(spread) == 1 else united(labels, spread)] * len(eqn.outvars)
+    # Nothing but a cast leaves a sum what it was.
+    summed = spread[0].summed if eqn.primitive.name in _CASTS and len(spread) == 1 else ()
+    value = spread[0] if len(spread) == 1 else united(labels, spread)
+    return [dataclasses.replace(value, summed=summed, zero=_is_zero(eqn, given))] * len(eqn.outvars)
+
+
+_CASTS = ("convert_element_type", "copy", "copy_p", "stop_gradient", "reduce_precision", "sharding_constraint")
+
+
+def _is_zero(eqn: Any, given: list[Value]) -> bool:
+    """Whether an elementwise operation gives 0 where those of its operands are 0 that are at cut indices."""
+    name, full = eqn.primitive.name, [value.zero for value in given if value.shape]
+    if name in ("mul", "and", "div"):
+        return given[0].zero if name == "div" else any(full)
+    if name == "select_n":
+        return all(value.zero or _is_literal_zero(variable) for value, variable in zip(given[1:], eqn.invars[1:], strict=True))
+    return all(full) and _keeps_zero(eqn, [bool(value.shape) for value in given])
+
+
+_AT_ZERO: Mapping[str, Callable[..., float]] = {
+    "add": lambda a, b: a + b,
+    "add_any": lambda a, b: a + b,
+    "clamp": lambda low, x, high: min(max(x, low), high),
+    "max": max,
+    "min": min,
+    "pow": lambda a, b: 0.0 if a == 0 and b > 0 else 1.0,
+    "sub": lambda a, b: a - b,
+}
+"""What operations give for numbers of which some are 0."""
+
+_ODD = (
+    "abs", "asin", "asinh", "atan", "atanh", "bitcast_convert_type", "cbrt", "ceil", "conj", "convert_element_type", "copy",
+    "copy_p", "erf", "erf_inv", "expm1", "floor", "imag", "log1p", "neg", "real", "reduce_precision", "round",
+    "sharding_constraint", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "tan", "tanh",
+)  # fmt: skip
+"""Operations that give 0 for 0."""
+
+
+def _keeps_zero(eqn: Any, full: list[bool]) -> bool:
+    """Whether an operation gives 0 for zeros and its fixed numbers; no, where a number is not known."""
+    name = eqn.primitive.name
+    if name == "integer_pow":
+        return eqn.params["y"] > 0
+    if name in _ODD:
+        return True
+    known = all(yes or isinstance(variable, Literal) for yes, variable in zip(full, eqn.invars, strict=True))
+    if name not in _AT_ZERO or not known:
+        return False
+    return _AT_ZERO[name](*(0.0 if yes else float(v.val) for yes, v in zip(full, eqn.invars, strict=True))) == 0
+
+
+def _is_literal_zero(variable: Any) -> bool:
+    return isinstance(variable, Literal) and not np.any(variable.val)
 
 
 def _spread(labels: Labels, value: Value, shape: tuple[int, ...]) -> Value:
     """A value whose axes of length 1 are as long as those of what it meets: copies, each with a label of its own."""
     if value.shape == shape:
         return value
-    fields = [Field(axes, own if own.size > 1 else labels.fresh(shape[axes[0]])) for axes, own in value.fields]
-    return Value(shape, tuple(fields))
+    fields = []
+    for axes, own in value.fields:
+        copied = own.size == 1 and shape[axes[0]] != 1
+        if copied:
+            single(labels, own)
+        fields.append(Field(axes, labels.fresh(shape[axes[0]]) if copied else own))
+    return Value(shape, tuple(fields), (), value.zero)
 
 
 def _reinterpreted(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
@@ -100,18 +157,20 @@ def _scaled(by: Callable[[int], float]) -> Primitive:
         if not value.summed or not isinstance(number, Literal) or np.ndim(number.val):
             return False
         n = math.prod(len(own) for own in value.summed)
-        return n > 1 and math.isclose(float(number.val), by(n), rel_tol=1e-6)
+        # A half is no mean of two as a rule.
+        return n > (1 if by(n) >= 1 else 2) and math.isclose(float(number.val), by(n), rel_tol=1e-6)
 
     def label(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
-        out = _elementwise(labels, eqn, given)
-        return [dataclasses.replace(value, summed=()) for value in out]
+        if is_mean(eqn, given):
+            labels.settle(given[0].summed)
+        return _elementwise(labels, eqn, given)
 
     def run(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
         if not is_mean(cut.eqn, cut.given):
             return cut.bind(*arrays)
         terms = [Value((len(own),), (Field((0,), own),)) for own in cut.given[0].summed]
         left = math.prod(len(cut.kept(value)[0]) for value in terms)
-        return cut.bind(arrays[0], np.asarray(by(left), jnp.result_type(arrays[1])))
+        return cut.bind(arrays[0], np.asarray(by(max(left, 1)), jnp.result_type(arrays[1])))
 
     return Primitive(label, run)
 
@@ -124,10 +183,12 @@ def _broadcast(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
     value = given[0]
     spread = [a for a, b in enumerate(into) if value.shape[a] != shape[b]]
     value = separated(labels, value, spread)
+    for a in spread:
+        single(labels, value.labels(a))
     places = {a: b for a, b in enumerate(into) if a not in spread}
     fields = [Field(tuple(places[a] for a in axes), own) for axes, own in value.fields if axes[0] in places]
     fields += [Field((b,), labels.fresh(shape[b])) for b in range(len(shape)) if b not in places.values()]
-    return [Value(shape, tuple(sorted(fields, key=lambda field: field.axes)), value.summed)]
+    return [Value(shape, tuple(sorted(fields, key=lambda field: field.axes)), value.summed, value.zero)]
 
 
 def _reshape(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
@@ -141,6 +202,8 @@ def _reshape(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
 def _squeeze(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
     (value,) = given
     left = [a for a in range(len(value.shape)) if a not in eqn.params["dimensions"]]
+    for a in eqn.params["dimensions"]:
+        single(labels, value.field(a).labels)
     return [dataclasses.replace(_without(labels, value, left, _shape(eqn)), summed=value.summed)]
 
 
@@ -148,7 +211,8 @@ def _without(labels: Labels, value: Value, left: Sequence[int], shape: tuple[int
     """The value with some of its axes left."""
     value = separated(labels, value, [a for a in range(len(value.shape)) if a not in left])
     places = {a: k for k, a in enumerate(left)}
-    return Value(shape, tuple(Field(tuple(places[a] for a in axes), own) for axes, own in value.fields if axes[0] in places))
+    fields = [Field(tuple(places[a] for a in axes), own) for axes, own in value.fields if axes[0] in places]
+    return Value(shape, tuple(fields), (), value.zero)
 
 
 def _transpose(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
@@ -165,7 +229,9 @@ def _rev(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
 
 def _iota(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
     del given
-    return [fresh(labels, _shape(eqn))]
+    out = fresh(labels, _shape(eqn))
+    fixed(labels, out, "its indices are counted", [eqn.params["dimension"]])
+    return [out]
 
 
 def _run_iota(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
@@ -198,11 +264,13 @@ def _slice(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
     (value,) = given
     starts, limits, strides = (eqn.params[key] for key in ("start_indices", "limit_indices", "strides"))
     parts = [slice(a, b, c) for a, b, c in zip(starts, limits, strides or [1] * len(starts), strict=True)]
+    parted = [a for a, n in enumerate(_shape(eqn)) if n != value.shape[a]]
+    value = separated(labels, value, parted, whole=parted)
     fields = []
     for axes, own in value.fields:
         cut = own[tuple(parts[a] for a in axes)]
         fields.append(Field(axes, cut))
-    return [tidy(labels, Value(_shape(eqn), tuple(fields)))]
+    return [tidy(labels, Value(_shape(eqn), tuple(fields), (), value.zero))]
 
 
 def _run_by_indices(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
@@ -219,13 +287,14 @@ def _run_by_indices(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
 def _split(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
     (value,), axis, sizes = given, eqn.params["axis"], eqn.params["sizes"]
     ends = np.cumsum([0, *sizes])
+    value = separated(labels, value, [axis], whole=[axis])
     outs = []
     for k in range(len(sizes)):
         fields = []
         for axes, own in value.fields:
             part = own.take(range(ends[k], ends[k + 1]), axis=axes.index(axis)) if axis in axes else own
             fields.append(Field(axes, part))
-        outs.append(tidy(labels, Value(_shape(eqn, k), tuple(fields))))
+        outs.append(tidy(labels, Value(_shape(eqn, k), tuple(fields), (), value.zero)))
     return outs
 
 
@@ -241,7 +310,8 @@ def _concatenate(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
     left = [a for a in range(len(shape)) if a != axis]
     rest = united(labels, [_without(labels, value, left, tuple(shape[a] for a in left)) for value in given])
     fields = [Field(tuple(left[a] for a in axes), own) for axes, own in rest.fields]
-    return [Value(shape, tuple(sorted([*fields, Field((axis,), joined)], key=lambda field: field.axes)))]
+    fields = sorted([*fields, Field((axis,), joined)], key=lambda field: field.axes)
+    return [Value(shape, tuple(fields), (), all(value.zero for value in given))]
 
 
 def _pad(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
@@ -254,13 +324,14 @@ def _pad(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
             fields.append(Field(axes, own))
             continue
         (a,), (low, high, inside) = axes, config[axes[0]]
-        if inside and not labels.is_fixed(own).all():
-            labels.fix(own, "pad puts numbers between its entries")
         stretched = labels.fresh(max(own.size + inside * (own.size - 1), 0))
+        if inside:
+            labels.fix(own, "pad puts numbers between its entries")
+            labels.fix(stretched, "pad puts numbers between its entries")
         stretched[:: inside + 1] = own
         whole = np.concatenate([labels.fresh(max(low, 0)), stretched[max(-low, 0) :], labels.fresh(max(high, 0))])
         fields.append(Field((a,), whole[: shape[a]]))
-    return [Value(shape, tuple(fields))]
+    return [Value(shape, tuple(fields), (), value.zero and _is_literal_zero(eqn.invars[1]))]
 
 
 def _run_pad(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
@@ -279,8 +350,9 @@ def _run_pad(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
 def _gather(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
     value, where = given
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    shape, taken_apart = _shape(eqn), {*numbers.start_index_map, *numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-    parted = [a for a, n in enumerate(value.shape) if a in taken_apart or sizes[a] != n]
+    shape, taken_apart = _shape(eqn), {*numbers.start_index_map, *numbers.collapsed_slice_dims}
+    shared = numbers.operand_batching_dims
+    parted = [a for a, n in enumerate(value.shape) if a not in shared and (a in taken_apart or sizes[a] != n)]
     value = separated(labels, value)
     fixed(labels, value, "a lookup chooses among its entries", parted)
     kept = [a for a in range(len(value.shape)) if a not in numbers.collapsed_slice_dims and a not in numbers.operand_batching_dims]
@@ -288,6 +360,8 @@ def _gather(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
     free = [a for a in range(len(where.shape) - 1)]
     loose = [b for b in range(len(shape)) if b not in numbers.offset_dims]
     fields = []
+    for a, b in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True):
+        labels.unite(value.labels(a), where.labels(b))
     for b, a in zip(loose, free, strict=True):
         fields.append(Field((b,), where.labels(a)))
     fixed(labels, where, "its numbers are indices", [len(where.shape) - 1])
@@ -296,12 +370,13 @@ def _gather(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
         if a in parted:
             labels.fix(own, "a lookup chose it")
         fields.append(Field((b,), own))
-    return [Value(shape, tuple(sorted(fields, key=lambda field: field.axes)))]
+    return [Value(shape, tuple(sorted(fields, key=lambda field: field.axes)), (), value.zero)]
 
 
 def _run_gather(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
     left, whole = cut.kept(cut.given[0]), cut.given[0].shape
-    sizes = [len(left[a]) if size == whole[a] else size for a, size in enumerate(cut.eqn.params["slice_sizes"])]
+    shared = cut.eqn.params["dimension_numbers"].operand_batching_dims
+    sizes = [len(left[a]) if size == whole[a] and a not in shared else size for a, size in enumerate(cut.eqn.params["slice_sizes"])]
     return cut.bind(*arrays, slice_sizes=tuple(sizes))
 
 
@@ -311,7 +386,7 @@ def _dynamic_slice(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
     value = separated(labels, value, parted)
     fixed(labels, value, "a part of it is chosen by a number", parted)
     fields = [Field(axes, labels.fresh(shape[axes[0]]) if axes[0] in parted else own) for axes, own in value.fields]
-    out = Value(shape, tuple(fields))
+    out = Value(shape, tuple(fields), (), value.zero)
     fixed(labels, out, "a number chose it", parted)
     return [out]
 
@@ -330,7 +405,7 @@ def _dynamic_update_slice(labels: Labels, eqn: Any, given: list[Value]) -> list[
         if a not in parted:
             labels.unite(whole.labels(a), part.labels(a))
     del eqn
-    return [whole]
+    return [dataclasses.replace(whole, summed=(), zero=whole.zero and part.zero)]
 
 
 # Sums.
@@ -346,6 +421,8 @@ def _reduced(understood: bool) -> Callable[[Labels, Any, list[Value]], list[Valu
                 fixed(labels, own, f"{eqn.primitive.name} over it would be another", axes)
             left = [a for a in range(len(value.shape)) if a not in axes]
             summed = (*value.summed, *(own.labels(a) for a in axes)) if understood else ()
+            if understood and not value.zero:
+                labels.suspect(summed, "a unit of zeros would add to the sum over it")
             outs.append(dataclasses.replace(_without(labels, own, left, _shape(eqn, k)), summed=summed))
         return outs
 
@@ -375,10 +452,10 @@ def _window(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
     moved = [a for a, (row, still) in enumerate(zip(rows, plain, strict=True)) if row[:4] != still[:4]]
     outs = []
     for k, value in enumerate(given[: len(eqn.outvars)]):
-        single = separated(labels, value, moved)
-        fixed(labels, single, "a window moves along it", moved)
-        fields = [Field(axes, labels.fresh(shape[axes[0]]) if axes[0] in moved else own) for axes, own in single.fields]
-        out = Value(_shape(eqn, k), tuple(fields))
+        apart = separated(labels, value, moved)
+        fixed(labels, apart, "a window moves along it", moved)
+        fields = [Field(axes, labels.fresh(shape[axes[0]]) if axes[0] in moved else own) for axes, own in apart.fields]
+        out = Value(_shape(eqn, k), tuple(fields), (), apart.zero)
         fixed(labels, out, "a window moved along it", moved)
         outs.append(out)
     return outs
@@ -394,6 +471,9 @@ def _dot_general(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
     left, right = single
     for a, b in zip((*contract[0], *batch[0]), (*contract[1], *batch[1]), strict=True):
         labels.unite(left.labels(a), right.labels(b))
+    if not (left.zero or right.zero):
+        for a in contract[0]:
+            labels.suspect((left.labels(a),), "a unit of zeros would add to the sum over it")
     fields = [Field((k,), left.labels(a)) for k, a in enumerate(batch[0])]
     place = len(batch[0])
     for k, value in enumerate((left, right)):
@@ -401,7 +481,13 @@ def _dot_general(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
         places = {a: place + j for j, a in enumerate(own)}
         fields += [Field(tuple(places[a] for a in axes), labelled) for axes, labelled in value.fields if axes[0] in places]
         place += len(own)
-    return [Value(shape, tuple(fields))]
+    # An axis that one operand alone has is 0 where that one is.
+    loose = [
+        any(not labels.is_fixed(value.field(a).labels).all() for a in range(len(value.shape)) if a not in (*contract[k], *batch[k]))
+        for k, value in enumerate((left, right))
+    ]
+    zero = all(value.zero for value, own in zip((left, right), loose, strict=True) if own) and (left.zero or right.zero)
+    return [Value(shape, tuple(fields), (), zero)]
 
 
 def _convolution(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
@@ -422,7 +508,9 @@ def _convolution(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
         labels.unite(channels.reshape(groups, -1), inputs.reshape(1, -1))
         labels.all_one(outputs.reshape(groups, -1), (0,))
     fields = {out[0]: x.labels(lhs[0]), out[1]: outputs} | {a: labels.fresh(shape[a]) for a in out[2:]}
-    value = Value(shape, tuple(Field((a,), fields[a]) for a in range(len(shape))))
+    value = Value(shape, tuple(Field((a,), fields[a]) for a in range(len(shape))), (), w.zero)
+    if not (x.zero or w.zero):
+        labels.suspect((inputs,), "a unit of zeros would add to the sum over it")
     fixed(labels, value, "a filter moved along it", out[2:])
     return [value]
 
@@ -447,8 +535,9 @@ def _random_bits(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
 
 
 def _run_random_bits(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
-    keys = len(cut.given[0].shape)
-    return cut.bind(*arrays, shape=cut.shape()[keys:])
+    # All of them, so that those that are left are the same.
+    (whole,) = cut.bind(*arrays)
+    return [taken(whole, cut.kept(cut.made[0]))]
 
 
 def unknown(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxopt_lab.core.coupling.labels import Labels
 
-__all__ = ["Field", "Value", "fixed", "fresh", "kept", "reshaped", "separated", "tidy", "united"]
+__all__ = ["Field", "Value", "fixed", "fresh", "kept", "reshaped", "separated", "single", "tidy", "united"]
 
 
 class Field(NamedTuple):
@@ -32,11 +32,13 @@ class Value:
       shape: of the value.
       fields: each axis is in one of them.
       summed: labels of the axes that were summed over to make it, if nothing but that was done since: what a mean divides by.
+      zero: whether its entries at cut indices are 0 where the parameters are masked: they add nothing to a sum.
     """
 
     shape: tuple[int, ...]
     fields: tuple[Field, ...]
     summed: tuple[np.ndarray, ...] = ()
+    zero: bool = False
 
     def field(self, axis: int) -> Field:
         """The field that an axis is in."""
@@ -54,7 +56,7 @@ class Value:
             new = [places(a) for a in axes]
             order = sorted(range(len(new)), key=new.__getitem__)
             fields.append(Field(tuple(new[k] for k in order), labels.transpose(order)))
-        return Value(tuple(shape), tuple(fields), self.summed)
+        return Value(tuple(shape), tuple(fields), self.summed, self.zero)
 
 
 def fresh(labels: Labels, shape: Sequence[int]) -> Value:
@@ -79,11 +81,14 @@ def fixed(labels: Labels, value: Value, reason: str, axes: Iterable[int] | None 
         labels.fix(value.field(a).labels, reason)
 
 
-def separated(labels: Labels, value: Value, axes: Iterable[int] | None = None, *, inner: bool = False) -> Value:
+def separated(
+    labels: Labels, value: Value, axes: Iterable[int] | None = None, *, inner: bool = False, whole: Iterable[int] = ()
+) -> Value:
     """The value with labels of their own for some axes, or for all.
 
     Where axes were one, cutting has to leave a rectangle: whole slices along the outermost of them (the heads of an attention), or
-    along the innermost where `inner` (the channels within each group). What is not cut is fixed.
+    along the innermost where `inner` (the channels within each group), and never along an axis that has to stay `whole`, since
+    single entries of it are taken out. What is not cut is fixed.
 
     >>> labels = Labels()
     >>> heads = reshaped(labels, fresh(labels, (6,)), (3, 2), [(slice(0, 1), slice(0, 2))])
@@ -96,10 +101,14 @@ def separated(labels: Labels, value: Value, axes: Iterable[int] | None = None, *
         if len(field.axes) == 1 or not wanted & set(field.axes):
             fields.append(field)
             continue
-        sides = [k for k, n in enumerate(field.labels.shape) if n > 1] or [0]
+        held = {k for k, a in enumerate(field.axes) if a in whole}
+        long = [k for k, n in enumerate(field.labels.shape) if n > 1]
+        sides = [k for k in long if k not in held] or long or [0]
         carrier = sides[-1] if inner else sides[0]
         constant = _carrier(labels, field.labels)
-        carrier = carrier if constant is None else constant
+        carrier = carrier if constant is None or constant in held else constant
+        if carrier in held:
+            labels.fix(field.labels, "single entries of it are taken out")
         others = tuple(k for k in range(field.labels.ndim) if k != carrier)
         labels.all_one(field.labels, others)
         for k, a in enumerate(field.axes):
@@ -119,6 +128,20 @@ def _carrier(labels: Labels, joint: np.ndarray) -> int | None:
     return differ[0] if len(differ) == 1 else None
 
 
+def single(labels: Labels, own: np.ndarray) -> None:
+    """One index of an axis that goes on alone: an axis that is gone, or that is copied, cannot be without it.
+
+    >>> labels = Labels()
+    >>> channels = labels.fresh(3)
+    >>> labels.own(channels)
+    >>> single(labels, channels[:1])
+    >>> labels.is_fixed(channels).tolist()
+    [True, False, False]
+    """
+    if labels.is_owned(own).any():
+        labels.fix(own, "it is taken out by itself")
+
+
 def tidy(labels: Labels, value: Value) -> Value:
     """The value with fields of their own for axes of length 1, which no cut concerns.
 
@@ -133,6 +156,8 @@ def tidy(labels: Labels, value: Value) -> Value:
             fields.append(Field(axes, own))
             continue
         fields += [Field((a,), labels.fresh(1)) for k, a in enumerate(axes) if k not in long]
+        if not long:
+            single(labels, own)
         if long:
             fields.append(Field(tuple(axes[k] for k in long), own.reshape([own.shape[k] for k in long])))
     return dataclasses.replace(value, fields=tuple(sorted(fields, key=lambda field: field.axes)))
@@ -153,7 +178,7 @@ def united(labels: Labels, values: Sequence[Value]) -> Value:
         first, alike = separated(labels, first, loose), separated(labels, other, loose)
         for field in first.fields:
             labels.unite(field.labels, alike.field(field.axes[0]).labels)
-    return dataclasses.replace(first, summed=())
+    return dataclasses.replace(first, summed=(), zero=all(value.zero for value in values))
 
 
 def reshaped(labels: Labels, value: Value, shape: Sequence[int], blocks: Iterable[tuple[slice, slice]]) -> Value:
@@ -169,16 +194,21 @@ def reshaped(labels: Labels, value: Value, shape: Sequence[int], blocks: Iterabl
         old, new = range(before.start, before.stop), range(after.start, after.stop)
         flat = _flat(labels, value, old)
         sizes = [shape[a] for a in new]
-        long = [a for a in new if shape[a] > 1]
+        long = [a for a in new if shape[a] != 1]
         fields += [Field((a,), labels.fresh(1)) for a in new if shape[a] == 1]
         if long:
-            fields.append(Field(tuple(long), flat.reshape([n for n in sizes if n > 1])))
-    return Value(tuple(shape), tuple(sorted(fields, key=lambda field: field.axes)), value.summed)
+            fields.append(Field(tuple(long), flat.reshape([n for n in sizes if n != 1])))
+        else:
+            single(labels, flat)
+    return Value(tuple(shape), tuple(sorted(fields, key=lambda field: field.axes)), value.summed, value.zero)
 
 
 def _flat(labels: Labels, value: Value, axes: Sequence[int]) -> np.ndarray:
     """A label for each index of some neighbouring axes taken as one."""
-    long = tuple(a for a in axes if value.shape[a] > 1)
+    long = tuple(a for a in axes if value.shape[a] != 1)
+    for a in axes:
+        if a not in long:
+            single(labels, value.field(a).labels)
     if not long:
         return labels.fresh(1)
     if any(field.axes == long for field in value.fields):

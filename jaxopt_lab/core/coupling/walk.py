@@ -1,5 +1,6 @@
 """The labels of a whole program, and the program on fewer indices."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -81,22 +82,28 @@ def walk(program: Program, tied: Mapping[int, int] | None = None) -> Walked:
     jaxpr = program.jaxpr
     given = [fresh(labels, variable.aval.shape) for variable in (*jaxpr.jaxpr.constvars, *jaxpr.jaxpr.invars)]
     consts, params = len(jaxpr.consts), len(program.paths)
-    for value in given[consts : consts + params]:
-        for _, own in value.fields:
+    for k in range(consts, consts + params):
+        given[k] = dataclasses.replace(given[k], zero=True)
+        for _, own in given[k].fields:
             labels.own(own)
     for k, value in enumerate(given[consts + params :]):
         fixed(labels, value, f"it is input {k}")
     for k, variable in enumerate(jaxpr.jaxpr.invars[:params]):
         if jax.dtypes.issubdtype(variable.aval.dtype, jax.dtypes.prng_key):
             fixed(labels, given[consts + k], "it holds keys")
+    read = {v for eqn in jaxpr.jaxpr.eqns for v in eqn.invars if not isinstance(v, Literal)}
+    for value, variable in zip(given[consts : consts + params], jaxpr.jaxpr.invars[:params], strict=True):
+        if variable not in read and variable not in jaxpr.jaxpr.outvars:
+            fixed(labels, value, "this function does not read it")
     rules = _rules(labels, places)
-    outputs = flow(_closed_over(jaxpr), given, rules)
+    outputs = flow(_opened(jaxpr), given, rules)
     outputs = [_of(labels, value, variable.aval.shape) for value, variable in zip(outputs, jaxpr.jaxpr.outvars, strict=True)]
     for k, value in enumerate(outputs):
         if tied and k in tied:
             united(labels, [given[consts + tied[k]], value])
         else:
             fixed(labels, value, f"it is output {k}")
+    labels.convict()
     # Where several axes still have labels together, what is kept of them has to be a rectangle.
     for noted in places.values():
         for value in (*noted.given, *noted.made):
@@ -130,13 +137,21 @@ def cut(walked: Walked, keep: np.ndarray, inputs: Sequence[Any]) -> list[Any]:
 
     consts = walked.program.jaxpr.consts
     whole = [taken(const, indices(value)) for const, value in zip(consts, walked.inputs, strict=False)]
-    return _run(_closed_over(walked.program.jaxpr), [*whole, *inputs], walked, indices, Place())
+    return _run(_opened(walked.program.jaxpr), [*whole, *inputs], walked, indices, Place())
 
 
-def _closed_over(jaxpr: Any) -> Any:
-    """The program whose constants are its first inputs."""
+class _Open(NamedTuple):
+    """A program whose constants are its first inputs."""
+
+    invars: list[Any]
+    eqns: Sequence[Any]
+    outvars: Sequence[Any]
+    constvars: tuple[()] = ()
+
+
+def _opened(jaxpr: Any) -> _Open:
     inner = jaxpr.jaxpr
-    return inner.replace(constvars=(), invars=[*inner.constvars, *inner.invars], debug_info=None) if inner.constvars else inner
+    return _Open([*inner.constvars, *inner.invars], inner.eqns, inner.outvars)
 
 
 def _run(jaxpr: Any, values: Sequence[Any], walked: Walked, indices: Any, place: Place) -> list[Any]:
@@ -198,7 +213,8 @@ def _rules(labels: Labels, places: dict[Address, Noted]) -> Rules:
                 fixed(labels, value, f"{name} may put a constant in its place")
             return a if b is _CONSTANT else b
         both = united(labels, [a, b])
-        return a if [field.axes for field in both.fields] == [field.axes for field in a.fields] else both
+        same = [field.axes for field in both.fields] == [field.axes for field in a.fields]
+        return a if same and not a.summed and a.zero == both.zero else both
 
     def part(value: Value, depth: int) -> Value:
         del depth
@@ -207,7 +223,7 @@ def _rules(labels: Labels, places: dict[Address, Noted]) -> Rules:
         value = separated(labels, value, [0])
         fixed(labels, value, "its entries are the steps of a scan", [0])
         fields = [Field(tuple(a - 1 for a in axes), own) for axes, own in value.fields if axes != (0,)]
-        return Value(value.shape[1:], tuple(fields))
+        return Value(value.shape[1:], tuple(fields), (), value.zero)
 
     def whole(value: Value, name: str, length: int | None) -> Value:
         del name
@@ -216,7 +232,7 @@ def _rules(labels: Labels, places: dict[Address, Noted]) -> Rules:
         steps = labels.fresh(length)
         labels.fix(steps, "its entries are the steps of a scan")
         fields = [Field((0,), steps), *(Field(tuple(a + 1 for a in axes), own) for axes, own in value.fields)]
-        return Value((length, *value.shape), tuple(fields))
+        return Value((length, *value.shape), tuple(fields), (), value.zero)
 
     def shard(value: Value, shape: tuple[int, ...]) -> Value:
         local = fresh(labels, shape)
@@ -249,14 +265,14 @@ class _Derivative(NamedTuple):
     run: Callable[..., Sequence[Any]]
 
 
-def _moving(variables: Sequence[Any]) -> list[int]:
-    """Which of some variables have a derivative."""
-    return [k for k, v in enumerate(variables) if jnp.issubdtype(v.aval.dtype, jnp.inexact)]
+def _moving(variables: Sequence[Any], consts: int = 0) -> list[int]:
+    """Which of some variables have a derivative: numbers, but for those that a function closes over."""
+    return [k for k, v in enumerate(variables) if k >= consts and jnp.issubdtype(v.aval.dtype, jnp.inexact)]
 
 
 def _along(eqn: Any, values: Sequence[Any]) -> tuple[Callable[..., Sequence[Any]], list[Any]]:
     """The function of those operands that have a derivative, and those; its results are those that have one."""
-    ins, outs = _moving(eqn.invars), _moving(eqn.outvars)
+    ins, outs = _moving(eqn.invars, eqn.params["num_consts"]), _moving(eqn.outvars)
 
     def fn(*moving: Any) -> list[Any]:
         given = dict(zip(ins, moving, strict=True))
@@ -281,11 +297,11 @@ def _pushed(eqn: Any) -> Any:
         fn, moving = _along(eqn, values)
         return jax.jvp(fn, moving, list(tangents))[1]
 
-    return jax.make_jaxpr(push)(_shapes(eqn.invars), _shapes(eqn.invars, _moving(eqn.invars)))
+    return jax.make_jaxpr(push)(_shapes(eqn.invars), _shapes(eqn.invars, _moving(eqn.invars, eqn.params["num_consts"])))
 
 
 def _run_pushed(eqn: Any, values: Sequence[Any], derivative: Any, inside: Any) -> Sequence[Any]:
-    ins, outs = _moving(eqn.invars), _moving(eqn.outvars)
+    ins, outs = _moving(eqn.invars, eqn.params["num_consts"]), _moving(eqn.outvars)
     fn = jax.custom_jvp(lambda *values: tuple(inside(0, eqn.params["call_jaxpr"], values)))
 
     @fn.defjvp
@@ -309,7 +325,7 @@ def _pulled(eqn: Any) -> Any:
 
 
 def _run_pulled(eqn: Any, values: Sequence[Any], derivative: Any, inside: Any) -> Sequence[Any]:
-    ins, outs = _moving(eqn.invars), _moving(eqn.outvars)
+    ins, outs = _moving(eqn.invars, eqn.params["num_consts"]), _moving(eqn.outvars)
     fn = jax.custom_vjp(lambda *values: tuple(inside(0, eqn.params["call_jaxpr"], values)))
 
     def back(values: tuple, cotangents: tuple) -> tuple:
@@ -325,7 +341,7 @@ _DERIVATIVES: dict[str, _Derivative] = {
     "custom_jvp_call": _Derivative(
         _pushed,
         lambda eqn, given, made: (
-            [*given, *(given[k] for k in _moving(eqn.invars))],
+            [*given, *(given[k] for k in _moving(eqn.invars, eqn.params["num_consts"]))],
             [made[k] for k in _moving(eqn.outvars)],
         ),
         _run_pushed,
@@ -334,7 +350,7 @@ _DERIVATIVES: dict[str, _Derivative] = {
         _pulled,
         lambda eqn, given, made: (
             [*given, *(made[k] for k in _moving(eqn.outvars))],
-            [given[k] for k in _moving(eqn.invars)],
+            [given[k] for k in _moving(eqn.invars, eqn.params["num_consts"])],
         ),
         _run_pulled,
     ),
