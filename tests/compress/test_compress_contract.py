@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxopt_lab import checkpoint, compress
+from jaxopt_lab import checkpoint, compress, nets
 
 LEAVES = {
     "int8 per channel": compress.quantize,
@@ -115,6 +115,7 @@ def _pure() -> Case:
 MODELS = {
     "mlp": lambda: _linen(MLP(), _normal(8, 6)),
     "mlp in bfloat16": lambda: _linen(MLP(jnp.bfloat16), _normal(8, 6)),
+    "lenet": lambda: _linen(nets.LeNet(), _normal(8, 8, 8, 1)),
     "residual": lambda: _linen(Residual(), _normal(8, 6, 6, 2)),
     "lstm": lambda: _linen(nn.RNN(nn.LSTMCell(4)), _normal(8, 3, 4)),
     "transformer": lambda: _linen(Block(), _normal(8, 3, 4)),
@@ -140,8 +141,8 @@ def _dense_program(name: str):
     return _jit(jax.value_and_grad(functools.partial(_loss, _case(name).apply), has_aux=True))
 
 
-# Every leaf on two models and every model with two leaves each time; the rest of the table with `scripts/test -m slow`.
-_ALWAYS = (("residual", "pure"), ("int8 per channel", "low rank"))
+# Every leaf on one model and every model with one leaf each time; the rest of the table with `scripts/test -m slow`.
+_ALWAYS = (("pure",), ("int8 per channel",))
 _TABLE = [
     pytest.param(model, leaf, marks=() if model in _ALWAYS[0] or leaf in _ALWAYS[1] else pytest.mark.slow)
     for model in MODELS

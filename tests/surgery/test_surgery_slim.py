@@ -207,7 +207,17 @@ def _value_and_gradient(apply, params, x):
     return out, grads
 
 
-@pytest.mark.parametrize("body", ZOO, ids=lambda body: body.__name__)
+# The others with `scripts/test -m slow`, and so most gradients.
+_OFTEN = (residual, shuffled, fused, grouped_queries, recurrent, scanned, language, padded)
+_ALWAYS = (fused, scanned)
+
+
+def _zoo(always):
+    marked = [pytest.param(body, marks=() if body in always else pytest.mark.slow) for body in ZOO]
+    return pytest.mark.parametrize("body", marked, ids=lambda body: body.__name__)
+
+
+@_zoo(_OFTEN)
 def test_slim_equals_masked(body):
     apply, params, x = _case(body)
     small_apply, small, plan, masked = _slimmed(body)
@@ -222,13 +232,7 @@ def test_slim_equals_masked(body):
     assert listed == set(tree.paths(params))
 
 
-# Every way to a gradient; the others with `scripts/test -m slow`.
-_ALWAYS = (residual, fused, scanned)
-
-
-@pytest.mark.parametrize(
-    "body", [pytest.param(body, marks=() if body in _ALWAYS else pytest.mark.slow) for body in ZOO], ids=lambda body: body.__name__
-)
+@_zoo(_ALWAYS)
 def test_the_gradient_is_that_of_the_masked_network(body):
     apply, _, x = _case(body)
     small_apply, small, plan, masked = _slimmed(body)
