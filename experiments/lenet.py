@@ -65,7 +65,7 @@ def study(config: Config) -> None:
 
     loaded = data.load(config.dataset, cli.data_directory(config.data_dir))
     if config.validation:
-        loaded = held_out_of_training(loaded)
+        loaded = data.held_out_of_training(loaded)
     runs = []
     for seed in config.seeds:
         rows = one_seed(config, seed, loaded)
@@ -76,13 +76,6 @@ def study(config: Config) -> None:
     for line in lines:
         print(json.dumps(line))
     (config.out / "summary.json").write_text(json.dumps(lines, indent=2) + "\n")
-
-
-def held_out_of_training(loaded: Any) -> Any:
-    """The data set with the last sixth of its training examples in the place of the test set."""
-    kept = len(loaded.train["x"]) * 5 // 6
-    first, last = ({key: array[part] for key, array in loaded.train.items()} for part in (slice(kept), slice(kept, None)))
-    return loaded._replace(train=first, test=last)
 
 
 def one_seed(config: Config, seed: int, loaded: Any) -> list[Any]:

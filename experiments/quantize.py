@@ -61,7 +61,6 @@ import functools
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,7 +247,7 @@ def study(config: Config) -> None:
     check(config)
     loaded = data.load(config.dataset, cli.data_directory(config.data_dir))
     if config.validation:
-        loaded = held_out_of_training(loaded)
+        loaded = data.held_out_of_training(loaded)
     every, lines = networks(loaded.train["x"].shape[1]), []
     for name in config.networks:
         lab, runs = Lab(config, every[name], loaded), []
@@ -275,13 +274,6 @@ def check(config: Config) -> None:
         raise ValueError("give at least one of --seeds and one of --networks")
 
 
-def held_out_of_training(loaded: Any) -> Any:
-    """The data set with the last sixth of its training examples in the place of the test set."""
-    kept = len(loaded.train["x"]) * 5 // 6
-    first, last = ({key: array[part] for key, array in loaded.train.items()} for part in (slice(kept), slice(kept, None)))
-    return loaded._replace(train=first, test=last)
-
-
 def one_seed(lab: Lab, seed: int, out: Path) -> list[Any]:
     """A network trained once and stored in every format: a stage each."""
     from jaxopt_lab import checkpoint, report
@@ -299,24 +291,8 @@ def one_seed(lab: Lab, seed: int, out: Path) -> list[Any]:
         calls[name] = functools.partial(lab.compiled[way.dtype], variables)
         points = 100 * (row.accuracy - rows[0].accuracy)
         print(f"seed {seed}, {name}: {100 * row.accuracy:.2f} % ({points:+.2f})", file=sys.stderr, flush=True)
-    times = {size: in_turns(calls, lab.data.test["x"], size, lab.config.repeats) for size in SIZES}
+    times = {size: report.in_turns(calls, lab.data.test["x"], size, lab.config.repeats) for size in SIZES}
     return [timed(row, rows[0], times) for row in rows]
-
-
-def in_turns(calls: dict[str, Callable[[Any], Any]], x: Any, size: int, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each call on a batch, after a warm-up; they take turns, so that what else runs here slows all alike."""
-    import jax
-    import numpy as np
-
-    x = jax.device_put(np.asarray(x)[np.arange(size) % len(x)])
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(-2, repeats):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(call(x))
-            if turn >= 0:
-                times[name].append(1e3 * (time.perf_counter() - begin))
-    return times
 
 
 def timed(row: Any, base: Any, times: dict[int, dict[str, list[float]]]) -> Any:

@@ -10,7 +10,7 @@ from jaxopt_lab.data.checks import validate
 from jaxopt_lab.data.idx import read_idx
 from jaxopt_lab.data.synthetic import mnist1d_arrays
 
-__all__ = ["Dataset", "digits", "from_arrays", "load", "mnist", "mnist1d"]
+__all__ = ["Dataset", "digits", "from_arrays", "held_out_of_training", "load", "mnist", "mnist1d"]
 
 _MNIST_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -184,3 +184,25 @@ def load(name: str, directory: str | Path | None = None) -> Dataset:
             raise ValueError(f"mnist is read from files: name a directory (--data-dir, or JAXOPT_LAB_DATA) and {_WHERE_FROM}")
         return mnist(directory)
     raise ValueError(f"unknown data set {name!r}; there are digits, mnist, mnist1d")
+
+
+def held_out_of_training(loaded: Dataset, part: float = 1 / 6) -> Dataset:
+    """The data set with the last part of its training examples in the place of the test set: settings are chosen by these.
+
+    Args:
+      loaded: any data set.
+      part: of the training examples, in (0, 1).
+
+    Raises:
+      ValueError: `part` is out of range, or leaves one side empty.
+
+    >>> first = held_out_of_training(digits())
+    >>> len(digits().train["x"]), len(first.train["x"]), len(first.test["x"])
+    (1437, 1197, 240)
+    """
+    n = len(loaded.train["x"])
+    kept = n - round(part * n) if 0 < part < 1 else 0
+    if not 0 < kept < n:
+        raise ValueError(f"part={part} of {n} training examples leaves one side empty; give a number between 0 and 1")
+    first, last = ({key: array[own] for key, array in loaded.train.items()} for own in (slice(kept), slice(kept, None)))
+    return loaded._replace(train=first, test=last)

@@ -1,6 +1,6 @@
 """Floor 4: what a stage of a compression costs and keeps, measured and shown side by side: a table and a picture."""
 
-from jaxopt_lab.report.measure import Stage, accuracy_interval, directory_bytes, latency, measure
+from jaxopt_lab.report.measure import Stage, accuracy_interval, directory_bytes, in_turns, latency, measure
 from jaxopt_lab.report.picture import picture
 from jaxopt_lab.report.table import from_json, markdown, table, to_json
 
@@ -9,6 +9,7 @@ __all__ = [
     "accuracy_interval",
     "directory_bytes",
     "from_json",
+    "in_turns",
     "latency",
     "markdown",
     "measure",

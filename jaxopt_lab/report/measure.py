@@ -20,7 +20,7 @@ from jaxopt_lab.nets.model import Model, predictor
 from jaxopt_lab.train import State, evaluate
 from jaxopt_lab.train import variables as variables_of
 
-__all__ = ["Stage", "accuracy_interval", "directory_bytes", "latency", "measure"]
+__all__ = ["Stage", "accuracy_interval", "directory_bytes", "in_turns", "latency", "measure"]
 
 
 class Stage(NamedTuple):
@@ -199,3 +199,32 @@ def _latencies(predict, variables: PyTree, x: Any, batch_sizes: tuple[int, ...],
     compiled, on_device = jax.jit(predict), jax.device_put(variables)
     inputs = {size: jnp.asarray(np.asarray(x[: min(size, len(x))])[np.arange(size) % len(x)]) for size in batch_sizes}
     return {size: 1e3 * latency(compiled, on_device, batch, repeats=repeats) for size, batch in inputs.items()}
+
+
+def in_turns(calls: Mapping[str, Callable[[Any], Any]], x: Any, size: int, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each call on a batch, after a warm-up; they take turns, so that what else runs here slows all alike.
+
+    Args:
+      calls: compiled functions of a batch, by name.
+      x: examples, of which the first `size` are the batch, over again where there are fewer.
+      size: of the batch.
+      repeats: how many turns are timed.
+
+    Raises:
+      ValueError: there are no examples.
+
+    >>> times = in_turns({"a": jax.jit(jnp.sum), "b": jax.jit(jnp.max)}, np.ones((3, 2)), 4, 2)
+    >>> {name: len(own) for name, own in times.items()}
+    {'a': 2, 'b': 2}
+    """
+    if not len(x):
+        raise ValueError("there are no examples to time a call on")
+    batch = jax.device_put(np.asarray(x)[np.arange(size) % len(x)])
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(-2, repeats):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(call(batch))
+            if turn >= 0:
+                times[name].append(1e3 * (time.perf_counter() - begin))
+    return times

@@ -115,7 +115,7 @@ def _pure() -> Case:
 MODELS = {
     "mlp": lambda: _linen(MLP(), _normal(8, 6)),
     "mlp in bfloat16": lambda: _linen(MLP(jnp.bfloat16), _normal(8, 6)),
-    "lenet": lambda: _linen(nets.LeNet(), _normal(8, 8, 8, 2)),
+    "lenet": lambda: _linen(nets.LeNet(), 0.1 * _normal(8, 8, 8, 2)),
     "residual": lambda: _linen(Residual(), _normal(8, 6, 6, 2)),
     "lstm": lambda: _linen(nn.RNN(nn.LSTMCell(4)), _normal(8, 3, 4)),
     "transformer": lambda: _linen(Block(), _normal(8, 3, 4)),
@@ -173,9 +173,7 @@ def test_lifted_equals_dense(model: str, leaf: str):
     for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(carried_back(dense_grads)[0]), strict=True):
         assert got.dtype == want.dtype
         if got.dtype != jax.dtypes.float0:
-            # Sums of large terms that cancel are as exact as the largest.
-            largest = float(jnp.max(jnp.abs(want)))
-            close(got, want, rtol=2e-2 if rough else 1e-3, atol=2e-2 * largest if rough else 1e-4 + 1e-6 * largest)
+            close(got, want, rtol=2e-2 if rough else 1e-3, atol=2e-2 * float(jnp.max(jnp.abs(want))) if rough else 1e-4)
 
     # The batch spread over eight devices.
     mesh = Mesh(np.array(jax.devices()), ("d",))
