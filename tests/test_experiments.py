@@ -17,12 +17,8 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 @pytest.fixture
 def _in_a_hurry(monkeypatch):
-    """Compiles without optimising, in the processes that a study starts too, and times two calls where a study times fifty."""
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    """Times two calls where a study times fifty."""
     monkeypatch.setattr(report, "measure", functools.partial(report.measure, repeats=2))
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def load(name):

@@ -10,15 +10,6 @@ import pytest
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-@pytest.fixture
-def _in_a_hurry():
-    """Compiles without optimising: what takes long here is the compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("_in_a_hurry")
 def test_the_samples_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     sample, *others = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

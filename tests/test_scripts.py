@@ -7,7 +7,6 @@ import sys
 import tomllib
 from pathlib import Path
 
-import jax
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -23,15 +22,11 @@ def load(name):
 
 @pytest.fixture
 def benchmark(monkeypatch, capsys):
-    """Runs a script in this process, compiling in a hurry, and gives what it printed, line by line."""
+    """Runs a script in this process, and gives what it printed, line by line."""
 
     def run(module, *arguments):
         monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
-        jax.config.update("jax_disable_most_optimizations", True)
-        try:
-            module.main()
-        finally:
-            jax.config.update("jax_disable_most_optimizations", False)
+        module.main()
         return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
     return run

@@ -19,12 +19,11 @@ from jaxopt_lab.compress.leaves.clustered import Clustered, cluster
 from jaxopt_lab.core import tree
 
 # Small programs run once each: the time goes into compiling, so compile carelessly.
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
-_k_means = _jit(kmeans.k_means, static_argnames=("k", "start", "preserve_zero"))
+_k_means = jax.jit(kmeans.k_means, static_argnames=("k", "start", "preserve_zero"))
 
 
-_pack, _unpack = _jit(packing.pack, static_argnums=(1, 2)), _jit(packing.unpack)
-_dense = _jit(lambda leaf: leaf.materialise())
+_pack, _unpack = jax.jit(packing.pack, static_argnums=(1, 2)), jax.jit(packing.unpack)
+_dense = jax.jit(lambda leaf: leaf.materialise())
 
 
 def _normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -73,7 +72,7 @@ def _optimum(w: np.ndarray, k: int) -> float:
 
 def test_k_means_never_beats_the_optimum_and_reaches_it_from_one_of_many_starts():
     w = _normal(14)
-    run = _jit(jax.vmap(lambda key: kmeans.k_means(w, 4, start=kmeans.plus_plus(key)).inertia))
+    run = jax.jit(jax.vmap(lambda key: kmeans.k_means(w, 4, start=kmeans.plus_plus(key)).inertia))
     found = run(jax.random.split(jax.random.key(0), 12))
     best = _optimum(np.asarray(w), 4)
     np.testing.assert_allclose(found.min(), best, rtol=1e-5)
@@ -83,14 +82,14 @@ def test_k_means_never_beats_the_optimum_and_reaches_it_from_one_of_many_starts(
 def test_starts_are_those_worked_by_hand():
     w, mass = jnp.array([[0.0, 8.0], [2.0, 100.0]]), jnp.array([[1.0, 1.0], [1.0, 0.0]])
     np.testing.assert_allclose(kmeans.linear(w, mass, 5), [0, 2, 4, 6, 8])
-    density = _jit(kmeans.density, static_argnums=2)
+    density = jax.jit(kmeans.density, static_argnums=2)
     many = _normal(40, 30)
     quantiles = np.quantile(np.asarray(many), (np.arange(8) + 0.5) / 8, method="inverted_cdf")
     np.testing.assert_allclose(density(many, jnp.ones(()), 8), quantiles, atol=1e-5)
     # A mass of 3 is three weights.
     np.testing.assert_allclose(density(jnp.arange(4.0), jnp.array([3.0, 1.0, 0.0, 0.0]), 4), [0, 0, 0, 1], atol=1e-5)
     # All three that have a mass are drawn. From 0, which the mass draws first, 8 is sixteen times as likely as 2.
-    draw = _jit(jax.vmap(lambda key, mass, k: kmeans.plus_plus(key)(w, mass, k), in_axes=(0, None, None)), static_argnums=2)
+    draw = jax.jit(jax.vmap(lambda key, mass, k: kmeans.plus_plus(key)(w, mass, k), in_axes=(0, None, None)), static_argnums=2)
     keys = jax.random.split(jax.random.key(0), 500)
     np.testing.assert_array_equal(draw(keys, mass, 3), np.tile([0.0, 2.0, 8.0], (500, 1)))
     second = draw(keys, mass.at[0, 0].set(1e9), 2)[:, 1]
@@ -132,7 +131,7 @@ def test_zero_keeps_its_centroid():
 
 def test_sharded_weights_are_never_gathered():
     w, mesh = _normal(16, 24), Mesh(np.array(jax.devices()), ("d",))
-    run = _jit(lambda w: kmeans.k_means(w, 4, start=kmeans.density))
+    run = jax.jit(lambda w: kmeans.k_means(w, 4, start=kmeans.density))
     for spec in (PartitionSpec("d"), PartitionSpec(None, "d")):
         placed = jax.device_put(w, NamedSharding(mesh, spec))
         compiled = run.lower(placed).compile()
@@ -183,7 +182,7 @@ def test_every_axis_can_have_codebooks_of_its_own():
     leaf = cluster({"kernel": w}, k=3, axis=(0, -1))["kernel"]
     assert leaf.codebook.shape == (4, 1, 5, 3)
     assert leaf.format() == "3 shared values per channel 0x2, 2 bits"
-    one = _jit(functools.partial(kmeans.k_means, k=3))
+    one = jax.jit(functools.partial(kmeans.k_means, k=3))
     w, dense = np.asarray(w), np.asarray(_dense(leaf))
     for i, j in np.ndindex(4, 5):
         clusters = one(w[i, :, j])
@@ -198,8 +197,8 @@ def test_the_codebook_s_gradient_is_the_sum_over_its_weights():
         def loss(kernel, x):
             return jnp.sum(jnp.sin(x @ kernel))
 
-        got, of_x = _jit(jax.grad(compress.lift(loss), argnums=(0, 1), allow_int=True))(leaf, x)
-        dense, dense_of_x = _jit(jax.grad(loss, argnums=(0, 1)))(_dense(leaf), x)
+        got, of_x = jax.jit(jax.grad(compress.lift(loss), argnums=(0, 1), allow_int=True))(leaf, x)
+        dense, dense_of_x = jax.jit(jax.grad(loss, argnums=(0, 1)))(_dense(leaf), x)
         want = np.zeros(4)
         np.add.at(want, np.asarray(_unpack(leaf.indices)), np.asarray(dense))
         np.testing.assert_allclose(got.codebook[0, 0], want[zero:], rtol=1e-5, atol=1e-6)
@@ -215,7 +214,7 @@ def test_centroids_train_and_zeros_stay():
     def loss(params):
         return jnp.mean(jnp.square(x @ params["kernel"] + params["bias"][None] - y))
 
-    @_jit
+    @jax.jit
     def step(params, state):
         value, grads = jax.value_and_grad(compress.lift(loss), allow_int=True)(params)
         updates, state = tx.update(grads, state, params)
@@ -245,7 +244,7 @@ def test_every_layout_of_a_product_equals_the_dense_one():
             left = lambda w, x, n=(numbers[0][::-1], numbers[1][::-1]): lax.dot_general(w, x, n)  # noqa: E731
             yield from ((compress.lift(fn)(leaf, x), fn(leaf.materialise(), x)) for fn in (right, left))
 
-    for got, want in _jit(lambda operands: list(pairs(operands)))([case[:2] for case in cases]):
+    for got, want in jax.jit(lambda operands: list(pairs(operands)))([case[:2] for case in cases]):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -264,8 +263,8 @@ def test_products_in_strips_equal_the_dense_ones(k, axis, dtype, monkeypatch):
         tangent = jax.jvp(lambda y: left(w, y), (y,), (jnp.ones_like(y),))[1]
         return (*values, tangent, jax.grad(loss, argnums=1)(w, y)), jax.grad(loss, allow_int=True)(w, y)
 
-    got, of_codebook = _jit(lambda leaf: outputs(lambda fn, w, x: compress.lift(fn)(w, x), leaf))(leaf)
-    want, of_weight = _jit(lambda w: outputs(lambda fn, w, x: fn(w, x), w))(_dense(leaf))
+    got, of_codebook = jax.jit(lambda leaf: outputs(lambda fn, w, x: compress.lift(fn)(w, x), leaf))(leaf)
+    want, of_weight = jax.jit(lambda w: outputs(lambda fn, w, x: fn(w, x), w))(_dense(leaf))
     summed = np.bincount(np.ravel(indices), np.ravel(of_weight).astype(np.float64), minlength=k)
     tolerance = 1e-4 if dtype == jnp.float32 else 0.1
     for a, b in zip((*got, of_codebook.codebook[0, 0]), (*want, summed), strict=True):
@@ -277,7 +276,7 @@ def test_strips_of_a_sharded_weight_stay_on_their_devices(monkeypatch):
     monkeypatch.setattr(strips, "cut", functools.partial(strips.cut, strip=2048))
     leaf, x = _leaf(512, 16), _normal(3, 512)
     mesh = Mesh(np.array(jax.devices()), ("d",))
-    run = _jit(compress.lift(lambda w, x: x @ w))
+    run = jax.jit(compress.lift(lambda w, x: x @ w))
     for spec in (PartitionSpec("d"), PartitionSpec(None, "d")):
         placed = Clustered(leaf.codebook, jax.device_put(leaf.indices, NamedSharding(mesh, spec)))
         compiled = run.lower(placed, x).compile()
@@ -313,11 +312,11 @@ def test_look_ups_equal_those_of_the_dense_table(k, axis):
             w[1:3, ::2],
         ]
 
-    for got, want in zip(*_jit(lambda leaf: (compress.lift(read)(leaf), read(leaf.materialise())))(leaf), strict=True):
+    for got, want in zip(*jax.jit(lambda leaf: (compress.lift(read)(leaf), read(leaf.materialise())))(leaf), strict=True):
         np.testing.assert_array_equal(got, want)
     # Nothing of the size of the table is computed.
     assert "[20,6]" not in str(jax.make_jaxpr(compress.lift(lambda w: w[rows]))(leaf))
-    got = _jit(jax.grad(compress.lift(lambda w: jnp.sum(jnp.sin(w[rows]))), allow_int=True))(leaf)
+    got = jax.jit(jax.grad(compress.lift(lambda w: jnp.sum(jnp.sin(w[rows]))), allow_int=True))(leaf)
     indices = _unpack(leaf.indices)
     want = np.bincount(np.ravel(indices[rows]), np.ravel(jnp.cos(_dense(leaf)[rows])), minlength=k)
     np.testing.assert_allclose(got.codebook[0, 0], want, rtol=1e-5, atol=1e-6)
@@ -349,7 +348,7 @@ def test_reshaping_keeps_the_leaf_where_the_codebooks_allow_it():
         return out
 
     leaves, fns = [case[0] for case in cases], [case[1] for case in cases]
-    both = _jit(
+    both = jax.jit(
         lambda leaves: [
             (compress.lift(lambda w, fn=fn: record(w, fn))(leaf), fn(leaf.materialise()))
             for leaf, fn in zip(leaves, fns, strict=True)
@@ -367,11 +366,11 @@ def test_layers_stacked_for_a_scan_and_for_vmap():
     stacked = cluster({"kernel": kernel}, k=4, axis=0)["kernel"]
     # As many layers as values: a shared codebook must not be taken for one a layer.
     for stored in (_leaf(4, 8, 8, k=4), stacked):
-        got, want = _jit(lambda p, x: (compress.lift(apply)(p, x), apply(p.materialise(), x)))(stored, x)
+        got, want = jax.jit(lambda p, x: (compress.lift(apply)(p, x), apply(p.materialise(), x)))(stored, x)
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
-    many = _jit(jax.vmap(lambda v: cluster({"kernel": v}, k=4)["kernel"]))(kernel)
+    many = jax.jit(jax.vmap(lambda v: cluster({"kernel": v}, k=4)["kernel"]))(kernel)
     np.testing.assert_allclose(_dense(many), _dense(stacked), rtol=1e-6)
-    y = _jit(jax.vmap(compress.lift(lambda w, x: x @ w), in_axes=(0, None)))(many, x)
+    y = jax.jit(jax.vmap(compress.lift(lambda w, x: x @ w), in_axes=(0, None)))(many, x)
     np.testing.assert_allclose(y[1], x @ _dense(stacked)[1], rtol=1e-5, atol=1e-6)
 
 

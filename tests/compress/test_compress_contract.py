@@ -76,11 +76,10 @@ class MLP(nn.Module):
 
 
 # Hundreds of small programs run once each: the time goes into compiling, so compile carelessly.
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
 
 
 def _linen(module: nn.Module, x: jax.Array, where: str = "**/kernel") -> Case:
-    return Case(module.apply, _jit(module.init)(jax.random.key(0), x), x, where)
+    return Case(module.apply, jax.jit(module.init)(jax.random.key(0), x), x, where)
 
 
 def _normal(*shape: int) -> jax.Array:
@@ -138,7 +137,7 @@ def _loss(apply, variables, x):
 @functools.cache
 def _dense_program(name: str):
     """The dense model and its gradient: one program for all leaves."""
-    return _jit(jax.value_and_grad(functools.partial(_loss, _case(name).apply), has_aux=True))
+    return jax.jit(jax.value_and_grad(functools.partial(_loss, _case(name).apply), has_aux=True))
 
 
 # Every leaf on one model and every model with one leaf each time; the rest of the table with `scripts/test -m slow`.
@@ -157,7 +156,7 @@ def test_lifted_equals_dense(model: str, leaf: str):
     lifted, rough = compress.lift(apply), "bfloat16" in model
     close = functools.partial(np.testing.assert_allclose, rtol=0.03 if rough else 2e-5, atol=0.03 if rough else 2e-5)
 
-    @_jit
+    @jax.jit
     def everything(variables, x):
         """Value and gradient under jit, and one example at a time under vmap."""
         out = jax.value_and_grad(functools.partial(_loss, lifted), has_aux=True, allow_int=True)(variables, x)
@@ -178,7 +177,7 @@ def test_lifted_equals_dense(model: str, leaf: str):
     # The batch spread over eight devices.
     mesh = Mesh(np.array(jax.devices()), ("d",))
     placed = jax.device_put(compressed, NamedSharding(mesh, PartitionSpec()))
-    spread = _jit(lifted)(placed, jax.device_put(x, NamedSharding(mesh, PartitionSpec("d"))))
+    spread = jax.jit(lifted)(placed, jax.device_put(x, NamedSharding(mesh, PartitionSpec("d"))))
     assert len(spread.sharding.device_set) == 8
     assert spread.dtype == jax.eval_shape(apply, compress.decompress(compressed), x).dtype
     close(spread.astype(jnp.float32), expected)
@@ -202,7 +201,7 @@ def test_a_scan_takes_rows_of_a_square_weight_and_no_others():
     leaves["two of four"] = compress.store_n_of_m({"kernel": halved}, 2, 4, axis=-1)["kernel"]
     leaves["rounded inputs"] = compress.dynamic({"kernel": w})["kernel"]
 
-    @_jit
+    @jax.jit
     def rows(leaves, x):
         scanned = compress.lift(lambda w: jax.lax.scan(lambda c, row: (c, 2 * row + c), x, w)[1])
         return {name: (scanned(leaf), 2 * leaf.materialise() + x[None]) for name, leaf in leaves.items()}

@@ -13,7 +13,6 @@ from jaxopt_lab.compress import DynamicQuantized, Quantized, StaticQuantized, dy
 from jaxopt_lab.core import tree
 
 # Small programs run once each: the time goes into compiling, so compile carelessly.
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
 
 
 def _normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -67,7 +66,7 @@ def test_a_product_equals_a_scalar_reimplementation(rows):
     w, x = np.asarray(_normal(5, 4)), np.asarray(_normal(rows, 5, seed=1))
     stored = dynamic({"kernel": jnp.asarray(w)})
     codes, scale = np.asarray(stored["kernel"].signed_codes()), np.abs(w).max(0) / 127
-    got = _jit(compress.lift(_times))(stored, x)
+    got = jax.jit(compress.lift(_times))(stored, x)
     for i, j in np.ndindex(rows, 4):
         size = max(abs(float(v)) for v in x[i]) / 127
         total = sum(round(float(x[i, k]) / size) * int(codes[k, j]) for k in range(5))
@@ -94,7 +93,7 @@ def test_every_layout_of_a_product_is_that_of_what_was_rounded(name):
         x, w = _normal(*x_shape, seed=3), _normal(*w_shape)
         own = next(a for a in reversed(range(w.ndim)) if a not in (*contract, *batch))
 
-        @_jit
+        @jax.jit
         def run(w, x, numbers=numbers, axis=(*batch, own)):
             stored = LEAVES[name](quantize({"kernel": w}, axis=axis))["kernel"]
             right = compress.lift(lambda w, x: lax.dot_general(x, w, numbers))
@@ -116,19 +115,19 @@ def test_a_convolution_is_that_of_what_was_rounded(name, spec):
     channels_first = spec[0] == "NCHW"
     x = _normal(2, 4, 6, 6, seed=1) if channels_first else _normal(2, 6, 6, 4, seed=1)
     w = _normal(6, 2, 3, 3) if channels_first else _normal(3, 3, 2, 6)
-    stored = _jit(lambda p: LEAVES[name](quantize(p, axis=0 if channels_first else -1)))({"kernel": w})["kernel"]
+    stored = jax.jit(lambda p: LEAVES[name](quantize(p, axis=0 if channels_first else -1)))({"kernel": w})["kernel"]
 
     def convolve(w, x):
         return lax.conv_general_dilated(x, w, (1, 2), "SAME", dimension_numbers=spec, feature_group_count=2)
 
-    got, dense = _jit(lambda w, x: (compress.lift(convolve)(w, x), w.materialise()))(stored, x)
+    got, dense = jax.jit(lambda w, x: (compress.lift(convolve)(w, x), w.materialise()))(stored, x)
     rounded = jnp.asarray(ROUNDED[name](np.asarray(x), [0]), jnp.float32)
     # At the edges, too, where a zero point must not count what is padded.
     np.testing.assert_allclose(got, convolve(dense, rounded), rtol=1e-4, atol=1e-4)
 
 
 def test_the_product_itself_runs_on_integers():
-    stored = _jit(functools.partial(dynamic, where="*"))({"kernel": _normal(8, 4), "filters": _normal(3, 3, 2, 4)})
+    stored = jax.jit(functools.partial(dynamic, where="*"))({"kernel": _normal(8, 4), "filters": _normal(3, 3, 2, 4)})
     numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 
     def apply(p, x):
@@ -142,9 +141,9 @@ def test_the_product_itself_runs_on_integers():
 @pytest.mark.parametrize("name", _LEAVES)
 def test_the_gradient_is_that_of_the_dense_product(name):
     x, cotangent = _normal(3, 6, seed=1), _normal(3, 4, seed=2)
-    stored = _jit(LEAVES[name])({"kernel": _normal(6, 4)})
+    stored = jax.jit(LEAVES[name])({"kernel": _normal(6, 4)})
     loss = lambda apply: lambda p, x: jnp.sum(apply(p, x) * cotangent)  # noqa: E731
-    grads = _jit(jax.grad(loss(compress.lift(_times)), argnums=(0, 1), allow_int=True))(stored, x)
+    grads = jax.jit(jax.grad(loss(compress.lift(_times)), argnums=(0, 1), allow_int=True))(stored, x)
     dense = compress.decompress(stored)
     by_weight, by_input = jax.grad(loss(_times), argnums=(0, 1))(dense, x)
     inside = {"dynamic": jnp.full(x.shape, True), "static": (x > -1.5) & (x < 2.0), "static, symmetric": abs(x) < 2.0}[name]
@@ -157,7 +156,7 @@ def test_the_gradient_is_that_of_the_dense_product(name):
 
 
 def test_the_gradient_of_a_convolution_is_that_of_the_dense_one():
-    x, stored = _normal(2, 5, 5, 2, seed=1), _jit(dynamic)({"kernel": _normal(3, 3, 2, 4)})
+    x, stored = _normal(2, 5, 5, 2, seed=1), jax.jit(dynamic)({"kernel": _normal(3, 3, 2, 4)})
     numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 
     def loss(apply):
@@ -165,7 +164,7 @@ def test_the_gradient_of_a_convolution_is_that_of_the_dense_one():
         return lambda p, x: jnp.sum(apply(p, x) * cotangent)
 
     apply = lambda p, x: lax.conv_general_dilated(x, p["kernel"], (1, 1), "SAME", **numbers)  # noqa: E731
-    got = _jit(jax.grad(loss(compress.lift(apply)), argnums=1))(stored, x)
+    got = jax.jit(jax.grad(loss(compress.lift(apply)), argnums=1))(stored, x)
     want = jax.grad(loss(apply), argnums=1)(compress.decompress(stored), x)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
@@ -190,7 +189,7 @@ def test_earlier_layers_train_through_it():
 def test_the_error_is_small_and_rows_do_not_meet(name):
     x = jnp.clip(_normal(5, 64, seed=1), -1.5, 1.5)
     params = {"kernel": _normal(64, 16)}
-    stored, lifted = _jit(LEAVES[name])(params), _jit(compress.lift(_times))
+    stored, lifted = jax.jit(LEAVES[name])(params), jax.jit(compress.lift(_times))
     got, want = lifted(stored, x), _times(params, x)
     assert float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 0.02
     # Alone, a row has another path to the same sums; so it has among others that are a thousand times larger.
@@ -211,7 +210,7 @@ def test_rows_of_zeros_and_of_nothing_finite():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_in_and_out(dtype):
     w, x = _normal(2048, 4).astype(dtype), _normal(3, 2048, seed=1).astype(dtype)
-    got = _jit(lambda w, x: compress.lift(_times)(dynamic({"kernel": w}), x))(w, x)
+    got = jax.jit(lambda w, x: compress.lift(_times)(dynamic({"kernel": w}), x))(w, x)
     want = x.astype(jnp.float32) @ w.astype(jnp.float32)
     assert got.dtype == dtype
     assert float(jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want)) < 0.02
@@ -219,12 +218,12 @@ def test_half_precision_in_and_out(dtype):
 
 @pytest.mark.parametrize("name", _LEAVES)
 def test_stacked_layers(name):
-    make = _jit(LEAVES[name])
+    make = jax.jit(LEAVES[name])
     layers = [make({"kernel": _normal(6, 6, seed=i)}) for i in range(3)]
     many, x = jax.tree.map(lambda *a: jnp.stack(a), *layers), _normal(2, 6, seed=9)
     lifted = compress.lift(_times)
 
-    @_jit
+    @jax.jit
     def everything(many, x):
         # Mapped outside and inside of `lift`, where it becomes a product with a batch axis, and scanned over.
         within = compress.lift(lambda p, x: jax.vmap(lambda w: x @ w)(p["kernel"]))
@@ -235,7 +234,7 @@ def test_stacked_layers(name):
         )
 
     outside, within, scanned = everything(many, x)
-    alone = _jit(lifted)
+    alone = jax.jit(lifted)
     want = jnp.stack([alone(layer, x) for layer in layers])
     np.testing.assert_allclose(outside, want, rtol=1e-6)
     np.testing.assert_allclose(within, want, rtol=1e-6)

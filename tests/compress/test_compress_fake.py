@@ -1,7 +1,5 @@
 """Weights that train as if they were stored in few bits: values and gradients by hand, what freezes to what, and schedules."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,8 +9,6 @@ import pytest
 
 from jaxopt_lab import compress, nets, prune, train
 from jaxopt_lab.compress.arrays import fake
-
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
 
 
 def test_the_gradient_passes_inside_the_range_and_not_outside():
@@ -177,8 +173,8 @@ def test_training_in_few_bits_fits_and_what_is_sparse_stays_sparse(leaf):
         assert len(np.unique(np.asarray(stored[name]["kernel"].codes))) <= 7
     dense = {"params": state.params}
     np.testing.assert_allclose(
-        _jit(compress.lift(model.predict))({"params": stored}, x),
-        _jit(compress.lift(model.predict))(dense, x),
+        jax.jit(compress.lift(model.predict))({"params": stored}, x),
+        jax.jit(compress.lift(model.predict))(dense, x),
         rtol=1e-4,
         atol=1e-5,
     )

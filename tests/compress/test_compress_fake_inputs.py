@@ -12,8 +12,6 @@ from jax import lax
 from jaxopt_lab import checkpoint, compress, prune
 from jaxopt_lab.compress import PACT, DynamicInputs, LearnedInputs, fake_quantize, fake_quantize_inputs, freeze, lift
 
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
-
 
 def _normal(*shape: int, seed: int = 0) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
@@ -92,7 +90,7 @@ def test_what_is_frozen_is_what_was_trained(name):
         kind = compress.DynamicQuantized if name == "dynamic" else compress.StaticQuantized
         assert {type(leaf) for leaf in stored.values()} == {kind}
         assert {leaf.input_bits for leaf in stored.values()} == {bits}
-        run = _jit(lift(_apply))
+        run = jax.jit(lift(_apply))
         for got, want, dense in zip(run(stored, x), run(trained, x), _apply(params, x), strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
             assert float(jnp.abs(want - dense).max()) > 1e-2
@@ -187,7 +185,7 @@ def test_optimisers_move_weights_and_steps_and_decay_the_weights_alone():
     tx = compress.optimizer(prune.sparsify(optax.adamw(0.1), 0.5, begin=0, end=2, every=1))
     state = tx.init(params)
     for _ in range(3):
-        updates, state = _jit(tx.update)(grads, state, params)
+        updates, state = jax.jit(tx.update)(grads, state, params)
         params = optax.apply_updates(params, updates)
     assert float((params["kernel"].inner.w == 0).mean()) == 0.5
     assert float((freeze(params)["kernel"].signed_codes() == 0).mean()) >= 0.5
@@ -214,7 +212,7 @@ def test_on_disk_and_sharded(tmp_path):
     def all_of(trees, x):
         return {name: lift(_times)(tree, x) for name, tree in trees.items()}
 
-    for name, got in _jit(all_of)(back, spread).items():
+    for name, got in jax.jit(all_of)(back, spread).items():
         np.testing.assert_allclose(got, lift(_times)(trees[name], x), rtol=1e-5, atol=1e-6)
 
 
@@ -226,7 +224,7 @@ def test_what_is_clustered_stays_clustered_while_its_values_are_rounded():
     x, y = _normal(16, 12, seed=1), _normal(16, 8, seed=2)
     tx = compress.optimizer(optax.chain(optax.add_decayed_weights(10.0), optax.sgd(0.01)))
 
-    @_jit
+    @jax.jit
     def step(params, state):
         loss, grads = jax.value_and_grad(lambda p: jnp.mean((lift(_times)(p, x) - y) ** 2), allow_int=True)(params)
         updates, state = tx.update(grads, state, params)

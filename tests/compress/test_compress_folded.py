@@ -13,8 +13,6 @@ from jaxopt_lab import compress, losses, nets, train
 from jaxopt_lab.compress.folded import rounded_as_folded
 from jaxopt_lab.surgery import fold_batch_norm
 
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
-
 
 class Net(nn.Module):
     """Two convolutions whose channels the normalisations scale very differently."""
@@ -35,7 +33,7 @@ _CONVOLUTIONS = "**/Conv_*/kernel"
 @functools.lru_cache
 def _model():
     model = nets.from_linen(Net())
-    variables = _jit(model.init)(jax.random.key(0), _X)
+    variables = jax.jit(model.init)(jax.random.key(0), _X)
     for k, last in enumerate((0.0, 0.5)):
         variables["params"][f"BatchNorm_{k}"] = {"scale": jnp.array([0.1, 3.0, -1.0, last]), "bias": jnp.full(4, 0.2)}
     return model, variables
@@ -47,7 +45,7 @@ def _programs(axis):
     model, variables = _model()
     rounded = rounded_as_folded(model, compress.fake_quantize(variables, axis=axis, where=_CONVOLUTIONS), _X)
     step = train.make_step(rounded, losses.per_example(losses.cross_entropy), optax.sgd(0.3))
-    return rounded, _jit(step), _jit(compress.lift(rounded.predict)), _jit(compress.lift(model.predict))
+    return rounded, jax.jit(step), jax.jit(compress.lift(rounded.predict)), jax.jit(compress.lift(model.predict))
 
 
 @functools.lru_cache
@@ -75,7 +73,7 @@ def test_what_trained_is_what_is_stored(bits, axis):
     assert [fold.weight for fold in plan.folds] == ["params/Conv_0/kernel", "params/Conv_1/kernel"]
     stored = compress.freeze(folded)
     assert isinstance(stored["params"]["Conv_0"]["kernel"], compress.Quantized)
-    np.testing.assert_allclose(_jit(compress.lift(folded_apply))(stored, _X), trained, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(compress.lift(folded_apply))(stored, _X), trained, rtol=1e-5, atol=1e-5)
 
     # Rounded before folding, weights that share a scale are others; those with scales of their own are not.
     difference = np.abs(unfolded(variables, _X) - trained).max()
@@ -119,7 +117,7 @@ def test_gradients_are_those_of_the_folded_weight():
     latent = compress.fake_quantize(params, bits=3, axis=None, where="kernel")
     x = jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)
     lifted = compress.lift(rounded_as_folded(apply, latent, x, where="kernel"))
-    got = _jit(jax.grad(lambda p: lifted(p, x).sum(), allow_int=True))(latent)
+    got = jax.jit(jax.grad(lambda p: lifted(p, x).sum(), allow_int=True))(latent)
 
     unit = jnp.abs(params["kernel"] * params["scale"]).max() / 3
 
@@ -128,7 +126,7 @@ def test_gradients_are_those_of_the_folded_weight():
         rounded = exact + jax.lax.stop_gradient(jnp.round(exact / unit) * unit - exact)
         return jnp.tanh(x @ rounded + p["bias"]).sum()
 
-    expected = _jit(jax.grad(folded))(params)
+    expected = jax.jit(jax.grad(folded))(params)
     np.testing.assert_allclose(got["kernel"].w, expected["kernel"], rtol=1e-4, atol=1e-5)
     for name in ("scale", "bias"):
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-4, atol=1e-5)
@@ -163,19 +161,19 @@ def test_rounded_inputs_stay_rounded_and_other_leaves_as_they_are():
 def test_dense_weights_pass_as_they_are():
     model, variables = _model()
     rounded = rounded_as_folded(model, variables, _X)
-    np.testing.assert_array_equal(_jit(rounded.predict)(variables, _X), _jit(model.predict)(variables, _X))
+    np.testing.assert_array_equal(jax.jit(rounded.predict)(variables, _X), jax.jit(model.predict)(variables, _X))
     loss = lambda predict: lambda params: predict({**variables, "params": params}, _X).sum()  # noqa: E731
-    ours, theirs = (_jit(jax.grad(loss(m.predict)))(variables["params"]) for m in (rounded, model))
+    ours, theirs = (jax.jit(jax.grad(loss(m.predict)))(variables["params"]) for m in (rounded, model))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, theirs)
     several = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), variables)
-    both = _jit(jax.vmap(rounded.predict, (0, None)))(several, _X)
+    both = jax.jit(jax.vmap(rounded.predict, (0, None)))(several, _X)
     np.testing.assert_allclose(both[0], model.predict(variables, _X), rtol=1e-5, atol=1e-6)
 
 
 def test_leaves_are_batched_outside_of_a_lift():
     (_, variables, _), (model, _, predict, _) = _trained(4, None), _programs(None)
     several = jax.tree.map(lambda a: jnp.stack([a, a]), variables)
-    both = _jit(jax.vmap(compress.lift(model.predict), (0, None)))(several, _X)
+    both = jax.jit(jax.vmap(compress.lift(model.predict), (0, None)))(several, _X)
     np.testing.assert_allclose(both[1], predict(variables, _X), rtol=1e-5, atol=1e-6)
 
 

@@ -19,7 +19,6 @@ from jaxopt_lab.compress.leaves import product
 from jaxopt_lab.core import tree
 
 # Small programs run once each: the time goes into compiling, so compile carelessly.
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
 
 FORMATS = {
     "int8": quantize,
@@ -45,7 +44,7 @@ def _normal(*shape: int, seed: int = 0) -> jax.Array:
 
 
 def _stored(name: str, *shape: int):
-    return _jit(FORMATS[name])({"kernel": _normal(*shape)})["kernel"]
+    return jax.jit(FORMATS[name])({"kernel": _normal(*shape)})["kernel"]
 
 
 # Packing.
@@ -63,7 +62,7 @@ def test_bytes_are_those_worked_by_hand():
 def test_packing_round_trips_along_every_axis(bits):
     codes = np.random.default_rng(bits).integers(0, 2**bits, (16, 5, 3)).astype(np.uint8)
 
-    @_jit
+    @jax.jit
     def back(codes):
         packed = [packing.pack(codes, bits, axis) for axis in (0, 1, 2)]
         halves = [packing.strip(packed[0], i, 2, 8) for i in range(2)]
@@ -156,7 +155,7 @@ def test_normal_floats_equal_a_scalar_reimplementation():
 def test_normal_weights_are_nearer_in_normal_floats_than_in_integers_of_as_many_bits():
     params = {"kernel": _normal(256, 8)}
 
-    @_jit
+    @jax.jit
     def errors(params):
         stored = quantize_normal(params), quantize(params, 4, group=64)
         return [jnp.mean(jnp.square(leaf["kernel"].materialise() - params["kernel"])) for leaf in stored]
@@ -204,7 +203,7 @@ def _moved(leaf, fns):
     def both(leaf):
         return [(compress.lift(functools.partial(record, fn=fn))(leaf), fn(leaf.materialise())) for fn in fns]
 
-    return _jit(both)(leaf), kept
+    return jax.jit(both)(leaf), kept
 
 
 MOVES = {
@@ -233,7 +232,7 @@ def test_a_weight_is_moved_as_it_is(name):
 
 def test_reshapes_keep_packed_axes_and_groups_where_they_can():
     def reshapes(bits, *shapes):
-        leaf = _jit(functools.partial(quantize, bits=bits, group=4))({"kernel": _normal(6, 8, 4)})["kernel"]
+        leaf = jax.jit(functools.partial(quantize, bits=bits, group=4))({"kernel": _normal(6, 8, 4)})["kernel"]
         pairs, kept = _moved(leaf, [lambda w, shape=shape: w.reshape(shape) for shape in shapes])
         for got, want in pairs:
             np.testing.assert_allclose(got, want, rtol=1e-6)
@@ -267,7 +266,7 @@ def test_look_ups_equal_those_of_the_dense_table(name):
     # Eight rows, which are packed in most formats, and four columns.
     leaf = _stored(name, 8, 4)
 
-    @_jit
+    @jax.jit
     def both(leaf):
         reads = (
             lambda w: jnp.take(w, OUTSIDE + 1, axis=0),
@@ -289,15 +288,15 @@ def test_look_ups_equal_those_of_the_dense_table(name):
 def test_look_ups_of_packed_rows_and_columns_with_groups_unpack_no_table():
     read = lambda w: jnp.take(w, jnp.array([3, 60]), axis=0)  # noqa: E731
     for bits, options in [(3, {"axis": 0, "group": (4, 1)}), (4, {"group": (4, 0)}), (4, {"axis": None})]:
-        leaf = _jit(functools.partial(quantize, bits=bits, **options))({"kernel": _normal(64, 32)})["kernel"]
+        leaf = jax.jit(functools.partial(quantize, bits=bits, **options))({"kernel": _normal(64, 32)})["kernel"]
         assert "64,32]" not in str(jax.make_jaxpr(compress.lift(read))(leaf)), "a whole table is made"
-        got, want = _jit(lambda leaf: (compress.lift(read)(leaf), read(leaf.materialise())))(leaf)
+        got, want = jax.jit(lambda leaf: (compress.lift(read)(leaf), read(leaf.materialise())))(leaf)
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", _FORMATS)
 def test_convolutions_with_and_without_groups_of_channels(name):
-    stored = _jit(functools.partial(FORMATS[name], where="*"))({"one": _normal(3, 3, 8, 4), "two": _normal(3, 3, 8, 4, seed=2)})
+    stored = jax.jit(functools.partial(FORMATS[name], where="*"))({"one": _normal(3, 3, 8, 4), "two": _normal(3, 3, 8, 4, seed=2)})
     x = _normal(2, 6, 6, 8), _normal(2, 6, 6, 16)
 
     def apply(p, x):
@@ -305,7 +304,7 @@ def test_convolutions_with_and_without_groups_of_channels(name):
         numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
         return convolve(x[0], p["one"], **numbers), convolve(x[1], p["two"], feature_group_count=2, **numbers)
 
-    got, want = _jit(lambda p, x: (compress.lift(apply)(p, x), apply(compress.decompress(p), x)))(stored, x)
+    got, want = jax.jit(lambda p, x: (compress.lift(apply)(p, x), apply(compress.decompress(p), x)))(stored, x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
 
 
@@ -327,11 +326,11 @@ def test_a_large_product_runs_strip_by_strip_and_is_the_same(name, monkeypatch):
         return out, value, (grads[0].scale, grads[1]), outside, tangent
 
     back = _normal(2, 8)
-    want = _jit(lambda leaf, x: run(leaf, x, back))(leaf, x)
+    want = jax.jit(lambda leaf, x: run(leaf, x, back))(leaf, x)
     assert "scan" not in str(jax.make_jaxpr(lambda leaf, x: run(leaf, x, back))(leaf, x))
     monkeypatch.setattr(product, "_STRIP", 32)
     assert "scan" in str(jax.make_jaxpr(lambda leaf, x: run(leaf, x, back))(leaf, x))
-    got = _jit(lambda leaf, x: run(leaf, x, back))(leaf, x)
+    got = jax.jit(lambda leaf, x: run(leaf, x, back))(leaf, x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max()), got, want)
     np.testing.assert_allclose(got[0][0], x @ leaf.materialise(), rtol=1e-4, atol=1e-4)
 
@@ -347,7 +346,7 @@ def test_strips_of_several_summed_axes_and_of_none_that_come_out_even(monkeypatc
     for shape, x, numbers in cases:
         for bits, symmetric, swapped in ((8, False, False), (4, True, True)):
 
-            @_jit
+            @jax.jit
             def both(w, x, bits=bits, symmetric=symmetric, swapped=swapped, numbers=numbers):
                 leaf = quantize({"kernel": w}, bits, -1, symmetric, swapped=swapped)["kernel"]
                 multiply = functools.partial(lax.dot_general, dimension_numbers=numbers)
@@ -380,14 +379,14 @@ def test_strips_of_a_sharded_weight_stay_where_they_are(options, monkeypatch):
 @pytest.mark.parametrize("name", _FORMATS)
 def test_layers_stacked_for_a_scan_or_for_vmap(name):
     options = {} if name in ("e5m2 per tensor", "int4 for (out, in)") else {"axis": (0, -1)}
-    whole = _jit(functools.partial(FORMATS[name], **options))({"kernel": _normal(3, 8, 8)})
+    whole = jax.jit(functools.partial(FORMATS[name], **options))({"kernel": _normal(3, 8, 8)})
     apply = lambda p, x: lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["kernel"])[0]  # noqa: E731
-    make = _jit(FORMATS[name])
+    make = jax.jit(FORMATS[name])
     layers = [make({"kernel": _normal(8, 8, seed=i)}) for i in range(2)]
     many = jax.tree.map(lambda *a: jnp.stack(a), *layers)
     x = _normal(2, 8)
 
-    @_jit
+    @jax.jit
     def everything(whole, many, x):
         multiply = compress.lift(lambda p, x: x @ p["kernel"])
         scanned = lax.scan(lambda h, p: (jnp.tanh(multiply(p, h)), None), x, many)[0]
@@ -405,7 +404,7 @@ def test_layers_stacked_for_a_scan_or_for_vmap(name):
 def test_half_precision(name, dtype):
     w, x = _normal(16, 4).astype(dtype), _normal(3, 16).astype(dtype)
 
-    @_jit
+    @jax.jit
     def run(w, x):
         stored = FORMATS[name]({"kernel": w})
         return compress.lift(lambda p, x: x @ p["kernel"])(stored, x), compress.decompress(stored)

@@ -12,8 +12,6 @@ from jaxopt_lab.compress.arrays import affine, hadamard, scaling
 from jaxopt_lab.compress.arrays.adaround import adaround
 from jaxopt_lab.compress.arrays.gptq import gptq
 
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
-
 
 def _case(n: int = 24, m: int = 8):
     """Weights, correlated inputs with means, and their second moment."""
@@ -31,7 +29,7 @@ def _error(w, moment, codes, scale, zero_point=0):
     return np.sum(d * (moment @ d), axis=0)
 
 
-@functools.partial(_jit, static_argnums=(1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _nearest(w, bits, group=None, symmetric=True):
     """The codes of rounding to nearest, and the scales."""
     along = None if group is None else (group, 0)
@@ -66,7 +64,7 @@ def test_gptq_is_optimal_brain_quantisation_in_order(block, by_activation):
     w, _, moment = _case(6, 4)
     nearest, (scale,) = _nearest(w, 4)
     order = np.argsort(-np.diag(moment)) if by_activation else np.arange(6)
-    codes = _jit(functools.partial(gptq, damping=0.02, block=block, activation_order=by_activation))(w, moment, scale)
+    codes = jax.jit(functools.partial(gptq, damping=0.02, block=block, activation_order=by_activation))(w, moment, scale)
     np.testing.assert_array_equal(codes, _obq(w, moment, np.asarray(scale, np.float64), 4, 0.02, order))
     assert not np.array_equal(codes, nearest)
 
@@ -78,7 +76,7 @@ def test_gptq_is_optimal_brain_quantisation_in_order(block, by_activation):
 def test_gptq_is_below_rounding_to_nearest(bits, group, symmetric, options):
     w, _, moment = _case()
     nearest, scales = _nearest(w, bits, group, symmetric)
-    codes = _jit(functools.partial(gptq, bits=bits, **options))(w, moment, *scales)
+    codes = jax.jit(functools.partial(gptq, bits=bits, **options))(w, moment, *scales)
     low, high = affine.code_range(bits, symmetric)
     assert codes.dtype == jnp.int8
     assert low <= int(codes.min()) <= int(codes.max()) <= high
@@ -92,7 +90,7 @@ def test_gptq_without_correlations_rounds_to_nearest():
     w[2, 3] = 0
     nearest, (scale,) = _nearest(w, 3)
     moments = np.stack([np.diag(np.arange(24.0, dtype=np.float32) ** 3), np.zeros((24, 24), np.float32)])
-    for codes in _jit(jax.vmap(functools.partial(gptq, bits=3), (None, 0, None)))(w, moments, scale):
+    for codes in jax.jit(jax.vmap(functools.partial(gptq, bits=3), (None, 0, None)))(w, moments, scale):
         np.testing.assert_array_equal(codes, nearest)
 
 
@@ -100,18 +98,18 @@ def test_dead_inputs_zeros_and_singular_moments():
     w, x, _ = _case()
     x[:, 3], w[5] = 0, 0
     nearest, (scale,) = _nearest(w, 4)
-    alive, run = np.delete(np.arange(24), 3), _jit(functools.partial(gptq, block=8))
+    alive, run = np.delete(np.arange(24), 3), jax.jit(functools.partial(gptq, block=8))
     codes = np.asarray(run(w, x.T @ x, scale))
     np.testing.assert_array_equal(codes[3], nearest[3])
     np.testing.assert_array_equal(codes[5], 0)
     np.testing.assert_array_equal(run(w, 1e3 * (x.T @ x), scale), codes)
     # Its share of the mean of the diagonal is all that a dead input changes.
     moment = x[:, alive].T @ x[:, alive]
-    without = _jit(functools.partial(gptq, damping=0.01 * 23 / 24))(w[alive], moment, scale)
+    without = jax.jit(functools.partial(gptq, damping=0.01 * 23 / 24))(w[alive], moment, scale)
     np.testing.assert_array_equal(codes[alive], without)
     # Inputs that are all the same have no Cholesky factor without damping; the last one makes up for all errors but half a step.
     same = np.ones((24, 24), np.float32)
-    rounded = _jit(functools.partial(gptq, damping=0.0))(w, same, scale)
+    rounded = jax.jit(functools.partial(gptq, damping=0.0))(w, same, scale)
     assert (_error(w, same, rounded, scale) <= 1.01 * (np.asarray(scale[0]) / 2) ** 2).all()
     assert _error(w, same, rounded, scale).sum() < 0.3 * _error(w, same, nearest, scale).sum()
 
@@ -139,7 +137,7 @@ def test_adaround_comes_near_a_search_over_all_roundings():
     best = np.full(16, np.inf)
     for up in itertools.product([0, 1], repeat=6):
         best = np.minimum(best, _error(w, moment, np.clip(floor + np.array(up)[:, None], -3, 3), scale))
-    found = _error(w, moment, _jit(functools.partial(adaround, bits=3))(w, moment, scale), scale)
+    found = _error(w, moment, jax.jit(functools.partial(adaround, bits=3))(w, moment, scale), scale)
     before = _error(w, moment, nearest, scale)
     assert (found >= best * (1 - 1e-6)).all()
     assert (found <= before).all()
@@ -151,7 +149,7 @@ def test_adaround_is_below_rounding_to_nearest_and_never_worse(bits, group, symm
     w, _, moment = _case()
     w[4] = 0
     nearest, scales = _nearest(w, bits, group, symmetric)
-    codes = _jit(functools.partial(adaround, bits=bits, steps=300, learning_rate=0.03))(w, moment, *scales)
+    codes = jax.jit(functools.partial(adaround, bits=bits, steps=300, learning_rate=0.03))(w, moment, *scales)
     found, before = _error(w, moment, codes, *scales), _error(w, moment, nearest, *scales)
     assert (found <= before * (1 + 1e-6)).all()
     assert found.sum() < 0.5 * before.sum()
@@ -162,7 +160,7 @@ def test_adaround_is_below_rounding_to_nearest_and_never_worse(bits, group, symm
 def test_adaround_keeps_rounding_to_nearest_where_it_learns_nothing():
     w, _, moment = _case()
     nearest, (scale,) = _nearest(w, 4)
-    codes = _jit(functools.partial(adaround, steps=3, learning_rate=1e-6))(w, moment, scale)
+    codes = jax.jit(functools.partial(adaround, steps=3, learning_rate=1e-6))(w, moment, scale)
     np.testing.assert_array_equal(codes, nearest)
     for kwargs in ({"bits": 1}, {"steps": 0}, {"warmup": 1.0}):
         with pytest.raises(ValueError, match=next(iter(kwargs))):
@@ -178,7 +176,7 @@ def test_awq_searches_the_grid():
         scale = affine.choose_scale(w, bits=3)
         return affine.to_codes(w, scale, bits=3) * scale
 
-    scale, power = _jit(lambda w, h, s: scaling.awq_scale(w, h, s, round_trip, steps=5))(w, moment, size)
+    scale, power = jax.jit(lambda w, h, s: scaling.awq_scale(w, h, s, round_trip, steps=5))(w, moment, size)
     errors, grid = [], np.linspace(0, 1, 5)
     filled = np.where(size > 0, size, size[:-1].min()).astype(np.float64)
     for alpha in grid:
@@ -223,9 +221,9 @@ def test_the_transform_is_its_definition(n):
     np.testing.assert_allclose(dense @ dense, np.eye(n), atol=1e-12)
     assert np.abs(dense).max() <= np.sqrt(2 / n) + 1e-12
     x = np.random.default_rng(n).normal(size=(3, n, 2)).astype(np.float32)
-    y = _jit(hadamard.transform, static_argnums=1)(x, 1)
+    y = jax.jit(hadamard.transform, static_argnums=1)(x, 1)
     np.testing.assert_allclose(y, np.einsum("ij,bjc->bic", dense, x), atol=1e-5)
-    half = _jit(hadamard.transform, static_argnums=1)(x.astype(jnp.bfloat16), -2)
+    half = jax.jit(hadamard.transform, static_argnums=1)(x.astype(jnp.bfloat16), -2)
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(jnp.float32), y, atol=0.05)
 
@@ -236,7 +234,7 @@ def test_rotations_spread_outliers_and_keep_products():
     x[:, 5] = 100
     signs = hadamard.random_signs(jax.random.key(2), 96)
 
-    @_jit
+    @jax.jit
     def turned_and_back(x, w):
         turned = hadamard.rotate(x, signs)
         return turned, hadamard.rotate(w, signs, 0), hadamard.rotate_back(turned, signs)

@@ -18,7 +18,6 @@ from jaxopt_lab.compress.leaves.low_rank import LowRank, factorised, low_rank
 from jaxopt_lab.core import tree
 
 # Small programs run once each: the time goes into compiling, so compile carelessly.
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
 _close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
 
 
@@ -160,7 +159,7 @@ def test_every_layout_of_a_product_equals_the_dense_one():
         (_leaf((4, 2), (2,), "r"), (4,), (((0,), (0,)), ((), ()))),
     ]
 
-    @_jit
+    @jax.jit
     def both(leaves, xs):
         out = []
         for k, (leaf, x, (_, _, numbers)) in enumerate(zip(leaves, xs, cases, strict=True)):
@@ -230,7 +229,7 @@ def test_convolutions_run_as_two_thin_ones(spec, layout, thin):
         {"window_strides": (2, 1), "padding": ((1, 0), (2, 3)), "rhs_dilation": (1, 2), "lhs_dilation": (2, 1)},
     ]
 
-    @_jit
+    @jax.jit
     def both(w, x):
         fns = [functools.partial(lax.conv_general_dilated, dimension_numbers=spec, **option) for option in options]
         return [(compress.lift(fn)(x, w), fn(x, w.materialise())) for fn in fns]
@@ -328,7 +327,7 @@ class Net(nn.Module):
 
 def test_a_lifted_model_equals_the_dense_one_in_value_and_gradients():
     tokens = jnp.arange(12).reshape(2, 6) % 10
-    variables = _jit(Net().init)(jax.random.key(0), tokens)
+    variables = jax.jit(Net().init)(jax.random.key(0), tokens)
     stored = low_rank(variables, rank=2, where=("**/kernel", "**/embedding"))
     kinds = {path: row.format for path, row in compress.summary(stored, variables).items()}
     assert sum(kind == "float32 rank 2" for kind in kinds.values()) == 7
@@ -337,7 +336,7 @@ def test_a_lifted_model_equals_the_dense_one_in_value_and_gradients():
     def loss(apply, variables, tokens):
         return jnp.sum(jnp.sin(apply(variables, tokens)) ** 2)
 
-    @_jit
+    @jax.jit
     def everything(stored):
         lifted = jax.value_and_grad(functools.partial(loss, compress.lift(Net().apply)))(stored, tokens)
         dense = jax.value_and_grad(lambda stored: loss(Net().apply, compress.decompress(stored), tokens))(stored)
@@ -356,8 +355,8 @@ def test_a_weight_stored_as_out_by_in():
     leaf = stored["weight"]
     assert (leaf.layout, leaf.a.shape, leaf.b.shape) == ("cr", (20, 2), (2, 6))
     _close(leaf.materialise(), (factorised(w.T, 2).materialise()).T)
-    run = _jit(jax.value_and_grad(lambda p, x: compress.lift(apply)(p, x).sum(), (0, 1)))
-    dense = _jit(jax.value_and_grad(lambda p, x: apply({"weight": (p["weight"].a @ p["weight"].b).T}, x).sum(), (0, 1)))
+    run = jax.jit(jax.value_and_grad(lambda p, x: compress.lift(apply)(p, x).sum(), (0, 1)))
+    dense = jax.jit(jax.value_and_grad(lambda p, x: apply({"weight": (p["weight"].a @ p["weight"].b).T}, x).sum(), (0, 1)))
     jax.tree.map(_close, run(stored, x), dense(stored, x))
 
 
@@ -368,7 +367,7 @@ def test_stacked_layers_share_a_rank_and_stay_factors_in_a_scan():
     assert (leaf.layout, leaf.a.shape, leaf.b.shape) == ("rc", (3, 8, 3), (3, 3, 8))
     apply = lambda p, x: lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["kernel"])[0]  # noqa: E731
     x = _normal(5, 8)
-    _close(_jit(compress.lift(apply))(stored, x), apply({"kernel": w}, x), rtol=1e-3, atol=1e-4)
+    _close(jax.jit(compress.lift(apply))(stored, x), apply({"kernel": w}, x), rtol=1e-3, atol=1e-4)
     assert not {(8, 8), (3, 8, 8)} & _shapes(compress.lift(apply), stored, x)
     moments = {"kernel": jnp.broadcast_to(jnp.eye(8), (3, 8, 8))}
     weighted = low_rank({"kernel": w}, rank=3, stacked=1, moments=moments)
@@ -449,7 +448,7 @@ def test_errors_are_one_line_and_name_the_leaf(error, message, call):
 def test_a_rank_that_is_given_works_under_jit_and_vmap():
     w = _normal(2, 9, 8)
     store = lambda v: low_rank({"kernel": v}, rank=2)  # noqa: E731
-    many = _jit(jax.vmap(store))(w)
+    many = jax.jit(jax.vmap(store))(w)
     assert many["kernel"].layout == "rc"
     for k in range(2):
         _close(many["kernel"].materialise()[k], store(w[k])["kernel"].materialise())
@@ -501,7 +500,7 @@ def test_nuclear_norm_training_lands_on_a_low_rank():
         updates, state = tx.update(jax.grad(lambda p: jnp.sum((x @ p["kernel"] - y) ** 2) / 400)(params), state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    (trained, _), _ = _jit(lambda params: lax.scan(step, (params, tx.init(params)), length=60))(params)
+    (trained, _), _ = jax.jit(lambda params: lax.scan(step, (params, tx.init(params)), length=60))(params)
     assert low_rank(trained, energy=1 - 1e-6)["kernel"].a.shape == (12, 2)
     with pytest.raises(ValueError, match="none of the 1 chosen"):  # at the start it has full rank
         low_rank(params, energy=1 - 1e-6)

@@ -10,8 +10,6 @@ import pytest
 
 from jaxopt_lab.compress.arrays import histograms, observers
 
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
-
 # By the state that they keep: those of a row share it.
 _FAMILIES = {
     "extremes": [observers.min_max()],
@@ -34,7 +32,7 @@ def _compiled(observer):
         state, _ = jax.lax.scan(lambda state, x: (observer.update(state, x), None), observer.init(batches[0]), batches)
         return state, observer.range(state)
 
-    return _jit(seen)
+    return jax.jit(seen)
 
 
 def _see(observer, batches) -> tuple[float, float]:
@@ -85,7 +83,7 @@ def test_a_histogram_is_that_of_all_values_on_its_grid_in_whatever_order_they_ca
         merged = observer.merge(_entry(pairs, 0), _entry(pairs, 1))
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), ordered, merged)
 
-    states = jax.device_get(_jit(jax.vmap(every_way))(batches))
+    states = jax.device_get(jax.jit(jax.vmap(every_way))(batches))
     for k, values in enumerate(batches.reshape(3, -1).astype(np.float64)):
         forward, *others = (_entry(states, (k, way)) for way in range(3))
         for other in others:
@@ -136,7 +134,7 @@ def test_the_error_over_a_histogram_is_that_of_the_values(bits):
     state = _histogram(observers.percentile(bins=64), x[None])
     assert float(state.width) == 1 / 8
     ranges = np.float32([(-3.0, 5.0), (-1.0, 2.0), (0.0, 7.0), (-0.3, 0.2)])
-    errors = _jit(jax.vmap(lambda ends: histograms.squared_error(state, *observers._levels(ends[0], ends[1], bits))))(ranges)
+    errors = jax.jit(jax.vmap(lambda ends: histograms.squared_error(state, *observers._levels(ends[0], ends[1], bits))))(ranges)
     expected = [_rounding_error(x, float(low), float(high), bits) for low, high in ranges]
     np.testing.assert_allclose(errors / state.counts.sum(), expected, rtol=0.03)
 
@@ -264,7 +262,7 @@ def test_observers_run_in_a_scan_under_vmap_and_merge(name):
         channels = jax.lax.scan(lambda state, x: (rows.update(state, x), None), rows.init(x[:, 0]), jnp.swapaxes(x, 0, 1))[0]
         return [jax.vmap(range_of)(states) for range_of in ranges_of], rows.range(channels)
 
-    ranges, channels = jax.device_get(_jit(everything)(x, bad))
+    ranges, channels = jax.device_get(jax.jit(everything)(x, bad))
     np.testing.assert_allclose(channels, np.array(ranges[0])[:, :3], rtol=1e-5)
     for low, high in ranges:
         assert (low[:3] < 0).all()

@@ -17,16 +17,6 @@ from jaxopt_lab.compress.leaves.transformed import InputScaled, Rotated
 from jaxopt_lab.compress.post import matrices, rounding
 from jaxopt_lab.core import tree
 
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
-
-
-@pytest.fixture(autouse=True)
-def _compile_carelessly():
-    """Small programs run once each: the time goes into compiling, that of the functions under test too."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
 
 def _normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
@@ -67,13 +57,13 @@ def trained():
 
 
 def _accuracy(params, held):
-    logits = _jit(compress.lift(_mlp))(params, held["x"])
+    logits = jax.jit(compress.lift(_mlp))(params, held["x"])
     return float(np.mean(np.argmax(logits, -1) == held["y"]))
 
 
 def _layer_errors(params, compressed, batches):
     """The squared error of each layer's outputs, on the inputs that the dense model gives it."""
-    errors, dense = dict.fromkeys(SIZES, 0.0), _jit(compress.decompress)(compressed)
+    errors, dense = dict.fromkeys(SIZES, 0.0), jax.jit(compress.decompress)(compressed)
     for batch in batches:
         x = np.asarray(batch["x"])
         for name, layer in params.items():
@@ -82,7 +72,7 @@ def _layer_errors(params, compressed, batches):
     return errors
 
 
-@functools.partial(_jit, static_argnames=("bits", "group", "symmetric", "where", "axis"))
+@functools.partial(jax.jit, static_argnames=("bits", "group", "symmetric", "where", "axis"))
 def _nearest(params, bits, *, group=None, symmetric=True, where="**", axis=-1):
     return quantize(params, bits, axis, symmetric, where, group=group)
 
@@ -190,7 +180,7 @@ def test_second_moments_give_the_error_of_the_outputs_in_every_layout(name):
     as_matrix = np.asarray(layout.matrices(w))
     # The product is linear: the error of a weight that is rounded to 0 is the weight's own output.
     errors = np.einsum("knm,knl,klm->", as_matrix, second, as_matrix)
-    run = _jit(apply)
+    run = jax.jit(apply)
     outputs = np.asarray(run({"w": w}, x)), np.asarray(run({"w": w}, 2 * x[:1]))
     np.testing.assert_allclose(errors, sum(np.sum(y**2) for y in outputs), rtol=1e-4)
     assert float(count[0, 0]) * as_matrix.shape[0] * as_matrix.shape[2] == sum(y.size for y in outputs)
@@ -220,9 +210,9 @@ class _Convolutional(nn.Module):
 def test_convolutions_and_dense_layers_of_flax(method):
     model, x = _Convolutional(), _normal(8, 6, 6, 2) + 1
     x[..., 1] *= 20
-    params = jax.device_get(_jit(model.init)(jax.random.key(0), x))
+    params = jax.device_get(jax.jit(model.init)(jax.random.key(0), x))
     compressed = METHODS[method](model.apply, params, [x], 3, where="**/kernel")
-    lifted = _jit(compress.lift(model.apply))
+    lifted = jax.jit(compress.lift(model.apply))
     exact, out = lifted(params, x), lifted(compressed, x)
     stored = _nearest(params, 3, where="**/Conv_0/kernel")
     nearest = lifted(_nearest(stored, 3, axis=(-2, -1), where="**/DenseGeneral_0/kernel"), x)
@@ -247,10 +237,10 @@ def test_stacked_layers_are_rounded_apart():
 def test_smoothing_helps_where_inputs_have_outliers():
     x, w = _normal(40, 16), _normal(16, 8, seed=1)
     x[:, 3] *= 60
-    apply = _jit(compress.lift(lambda p, x: x @ p["w"]))
+    apply = jax.jit(compress.lift(lambda p, x: x @ p["w"]))
     smoothed = rounding.smooth(lambda p, x: x @ p["w"], {"w": w}, [x], where="w")
     assert isinstance(smoothed["w"].inner, DynamicQuantized)
-    errors = [np.linalg.norm(apply(p, x) - x @ w) for p in (smoothed, _jit(lambda w: dynamic({"w": w}, "w"))(w))]
+    errors = [np.linalg.norm(apply(p, x) - x @ w) for p in (smoothed, jax.jit(lambda w: dynamic({"w": w}, "w"))(w))]
     assert errors[0] < 0.5 * errors[1]
     by_hand = np.sqrt(np.abs(x).max(0) / np.abs(w).max(1))
     np.testing.assert_allclose(smoothed["w"].scale, by_hand[:, None], rtol=1e-5)
@@ -266,7 +256,7 @@ def test_corrected_biases_keep_the_mean_of_each_output(trained):
     x = np.concatenate([batch["x"] for batch in batches])
 
     def mean(p):
-        dense = _jit(compress.decompress)(p["first"])
+        dense = jax.jit(compress.decompress)(p["first"])
         return (x @ np.asarray(dense["kernel"]) + np.asarray(dense["bias"])).mean(0)
 
     np.testing.assert_allclose(mean(corrected), mean(params), atol=1e-4)
@@ -284,7 +274,7 @@ def test_equalising_keeps_the_function_and_helps_one_scale_a_tensor(trained):
         "second": params["second"] | {"kernel": params["second"]["kernel"] / spread[:, None]},
     }
     equal = rounding.equalize(uneven, [("first/kernel", "second/kernel")])
-    run, x = _jit(compress.lift(_mlp)), batches[0]["x"]
+    run, x = jax.jit(compress.lift(_mlp)), batches[0]["x"]
     np.testing.assert_allclose(run(equal, x), run(params, x), rtol=1e-3, atol=1e-3)
     assert _accuracy(_nearest(equal, 6, axis=None, where="**/kernel"), held) > 0.9
     assert _accuracy(_nearest(uneven, 6, axis=None, where="**/kernel"), held) < 0.7
@@ -294,11 +284,11 @@ def test_rotations_keep_the_function_and_round_outliers_better():
     w, x = _normal(24, 8), _normal(5, 24, seed=1)
     w[7] *= 40
     rotated = rounding.rotate({"w": w}, lambda p: _nearest(p, 4), jax.random.key(0), where="w")
-    errors = [np.square(np.asarray(_jit(compress.decompress)(p)["w"]) - w).sum() for p in (rotated, _nearest({"w": w}, 4))]
+    errors = [np.square(np.asarray(jax.jit(compress.decompress)(p)["w"]) - w).sum() for p in (rotated, _nearest({"w": w}, 4))]
     assert isinstance(rotated["w"], Rotated)
     assert errors[0] < 0.5 * errors[1]
     fine = rounding.rotate({"w": w}, lambda p: _nearest(p, 8), jax.random.key(0), where="w")
-    np.testing.assert_allclose(_jit(compress.lift(lambda p, x: x @ p["w"]))(fine, x), x @ w, rtol=0.05, atol=2.0)
+    np.testing.assert_allclose(jax.jit(compress.lift(lambda p, x: x @ p["w"]))(fine, x), x @ w, rtol=0.05, atol=2.0)
     both = rounding.rotate(
         {"w": np.stack([w.T, w.T])},
         lambda p: _nearest(p, 8, axis=(0, 1)),
@@ -309,7 +299,7 @@ def test_rotations_keep_the_function_and_round_outliers_better():
     )["w"]
     assert (both.axis, both.signs.shape) == (-1, (2, 1, 24))
     assert not np.array_equal(both.signs[0], both.signs[1])
-    out = _jit(compress.lift(lambda w, x: lax.scan(lambda x, w: (x, x @ w.T), x, w)[1]))(both, x)
+    out = jax.jit(compress.lift(lambda w, x: lax.scan(lambda x, w: (x, x @ w.T), x, w)[1]))(both, x)
     np.testing.assert_allclose(out, np.stack([x @ w] * 2), rtol=0.05, atol=2.0)
 
 

@@ -20,7 +20,6 @@ from jaxopt_lab.compress.arrays import affine
 from jaxopt_lab.core import tree
 
 # Small programs run once each: the time goes into compiling, so compile carelessly.
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
 
 
 def _normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -182,7 +181,7 @@ def _every_width(symmetric):
     w = np.asarray(_normal(6, 3)) + 0.2
     w[2, 1] = 0
 
-    @_jit
+    @jax.jit
     def run(w):
         leaves = [compress.quantize({"kernel": w}, bits, symmetric=symmetric, group=2)["kernel"] for bits in range(1, 9)]
         return [(leaf, leaf.signed_codes(), leaf.materialise()) for leaf in leaves]
@@ -251,7 +250,7 @@ def test_the_clipped_range_of_least_error_is_no_worse_than_the_whole(symmetric, 
     w = _normal(64, 8).at[3, 2].set(6.0)
     choose = affine.mse_scale if symmetric else affine.mse_scale_and_zero
 
-    @functools.partial(_jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     def errors(scale, w):
         leaf = compress.quantize({"kernel": w}, 4, symmetric=symmetric, group=group, scale=scale)["kernel"]
         squares = jnp.square(leaf.materialise() - w).reshape(leaf.scale.shape[0], -1, 8)
@@ -320,7 +319,7 @@ def test_every_layout_of_a_product_equals_the_dense_one():
         def left(w, x, numbers=flipped):
             return lax.dot_general(w, x, numbers)
 
-        @_jit
+        @jax.jit
         def pairs(w, x, fns=(right, left), variants=variants):
             stored = [compress.quantize({"kernel": w}, **variant)["kernel"] for variant in variants]
             return [(compress.lift(fn)(leaf, x), fn(leaf.materialise(), x)) for leaf in stored for fn in fns]
@@ -361,7 +360,7 @@ def test_convolutions_read_their_layout(spec, shape, axis):
     def convolve(w, x):
         return lax.conv_general_dilated(x, w, (1, 2), "SAME", dimension_numbers=spec)
 
-    @_jit
+    @jax.jit
     def both(w, x):
         stored = [compress.quantize({"kernel": w}, axis=axis, symmetric=symmetric)["kernel"] for symmetric in (True, False)]
         return [(compress.lift(convolve)(leaf, x), convolve(leaf.materialise(), x)) for leaf in stored]
@@ -388,7 +387,7 @@ def test_look_ups_equal_those_of_the_dense_table(axis, symmetric):
         lambda w: w[2],
         lambda w: w[1:3, ::2],
     )
-    for got, want in _jit(lambda w: [(compress.lift(read)(w), read(w.materialise())) for read in reads])(stored):
+    for got, want in jax.jit(lambda w: [(compress.lift(read)(w), read(w.materialise())) for read in reads])(stored):
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
@@ -399,7 +398,7 @@ def test_reshaping_keeps_the_leaf_where_the_scales_allow_it():
         kept.append(isinstance(getattr(out := fn(w), "value", out), Quantized))
         return out
 
-    stored = _jit(functools.partial(compress.quantize, symmetric=False))({"kernel": _normal(2, 3, 4)})["kernel"]
+    stored = jax.jit(functools.partial(compress.quantize, symmetric=False))({"kernel": _normal(2, 3, 4)})["kernel"]
     for fn, stays in [
         (lambda w: w.reshape(6, 4), True),
         (lambda w: w.reshape(6, 2, 2), True),

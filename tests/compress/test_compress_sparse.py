@@ -18,9 +18,8 @@ from jaxopt_lab.compress.leaves.n_of_m import NM, store_n_of_m
 from jaxopt_lab.core import tree
 
 # Small programs run once each: the time goes into compiling, so compile carelessly.
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
-_dense = _jit(lambda leaf: leaf.materialise())
-_pack, _to_groups = _jit(packing.pack, static_argnums=(1, 2)), _jit(sparse.to_groups, static_argnums=(1, 2, 3))
+_dense = jax.jit(lambda leaf: leaf.materialise())
+_pack, _to_groups = jax.jit(packing.pack, static_argnums=(1, 2)), jax.jit(sparse.to_groups, static_argnums=(1, 2, 3))
 
 
 def _normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -91,7 +90,7 @@ def test_a_pruned_tree_is_stored_as_it_is():
     ):
         store_n_of_m(params)
     # What is traced cannot be counted: the largest stay.
-    traced = _jit(lambda p: compress.decompress(store_n_of_m(p)))(params)
+    traced = jax.jit(lambda p: compress.decompress(store_n_of_m(p)))(params)
     assert _bits(traced["a"]["kernel"]) == _bits(_n_of_m(params["a"]["kernel"], 2, 4, -2))
 
 
@@ -111,7 +110,7 @@ def test_every_layout_of_an_n_of_m_product_equals_the_dense_one():
             left = lambda w, x, n=(numbers[0][::-1], numbers[1][::-1]): lax.dot_general(w, x, n)  # noqa: E731
             yield from ((compress.lift(fn)(w, x), fn(w.materialise(), x)) for fn in (right, left))
 
-    for got, want in _jit(lambda operands: list(pairs(operands)))([case[:2] for case in cases]):
+    for got, want in jax.jit(lambda operands: list(pairs(operands)))([case[:2] for case in cases]):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -135,8 +134,8 @@ def test_n_of_m_products_in_strips_equal_the_dense_ones(n, m, axis, packed, monk
             jax.grad(loss, (0, 1), allow_int=True)(w, y),
         )
 
-    *got, (of_leaf, of_y) = _jit(lambda leaf: outputs(lambda fn, w, x: compress.lift(fn)(w, x), leaf))(leaf)
-    *want, (of_weight, dense_of_y) = _jit(lambda w: outputs(lambda fn, w, x: fn(w, x), w))(w)
+    *got, (of_leaf, of_y) = jax.jit(lambda leaf: outputs(lambda fn, w, x: compress.lift(fn)(w, x), leaf))(leaf)
+    *want, (of_weight, dense_of_y) = jax.jit(lambda w: outputs(lambda fn, w, x: fn(w, x), w))(w)
     for a, b in zip((*got, of_y), (*want, dense_of_y), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
     kept = _dense(NM(of_leaf.values, own, n, m, axis))
@@ -149,7 +148,7 @@ def test_strips_of_a_sharded_n_of_m_weight_stay_on_their_devices(monkeypatch):
     leaf = store_n_of_m({"kernel": w})["kernel"]
     for spec in (PartitionSpec("d"), PartitionSpec(None, "d")):
         placed = jax.device_put(leaf, NamedSharding(mesh, spec))
-        compiled = _jit(compress.lift(lambda w, x: x @ w)).lower(placed, x).compile()
+        compiled = jax.jit(compress.lift(lambda w, x: x @ w)).lower(placed, x).compile()
         np.testing.assert_allclose(compiled(placed, x), x @ w, rtol=1e-4, atol=1e-4)
         assert " while(" in compiled.as_text()
         assert "all-gather" not in compiled.as_text()
@@ -198,7 +197,7 @@ def test_sparse_weights_train_and_stay_sparse(store):
     def loss(params):
         return jnp.mean(jnp.square(x @ params["kernel"] + params["bias"][None] - y))
 
-    @_jit
+    @jax.jit
     def step(params, state):
         value, grads = jax.value_and_grad(compress.lift(loss), allow_int=True)(params)
         updates, state = tx.update(grads, state, params)
@@ -225,7 +224,7 @@ def test_layers_stacked_for_a_scan_and_for_vmap():
     apply = lambda p, x: lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["kernel"])[0]  # noqa: E731
     # The last has no values for each layer, and must not be cut as if it had.
     for stored in (store_n_of_m({"kernel": kernel}), store_sparse({"kernel": uneven}, axis=0), store_sparse({"kernel": uneven})):
-        got, want = _jit(lambda p, x: (compress.lift(apply)(p, x), apply(compress.decompress(p), x)))(stored, x)
+        got, want = jax.jit(lambda p, x: (compress.lift(apply)(p, x), apply(compress.decompress(p), x)))(stored, x)
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     masked = store_sparse({"kernel": uneven}, axis=0)["kernel"]
     assert masked.values.shape == (4, 1, 1, 32)
@@ -236,7 +235,7 @@ def test_layers_stacked_for_a_scan_and_for_vmap():
     for one in (store_sparse({"kernel": kernel[2]}), store_n_of_m({"kernel": kernel[2]})):
         many = jax.tree.map(lambda a: np.stack([a, a]), one)
         assert _bits(_dense(many["kernel"])) == _bits(np.stack([kernel[2]] * 2))
-        y = _jit(jax.vmap(compress.lift(lambda p, x: x @ p["kernel"]), in_axes=(0, None)))(many, x)
+        y = jax.jit(jax.vmap(compress.lift(lambda p, x: x @ p["kernel"]), in_axes=(0, None)))(many, x)
         np.testing.assert_allclose(y[1], x @ kernel[2], rtol=1e-5, atol=1e-6)
 
 
@@ -257,7 +256,7 @@ def test_types_and_axes_change_where_the_leaf_can_follow():
         (masked, lambda w: w.astype(jnp.int32), False),
         (masked, lambda w: w.T, False),
     ]:
-        got, want = _jit(lambda leaf, fn=fn: (compress.lift(lambda w: record(w, fn))(leaf), fn(leaf.materialise())))(leaf)
+        got, want = jax.jit(lambda leaf, fn=fn: (compress.lift(lambda w: record(w, fn))(leaf), fn(leaf.materialise())))(leaf)
         assert got.dtype == want.dtype
         assert _bits(got) == _bits(want)
         assert kept.pop() == stays

@@ -19,7 +19,6 @@ from jaxopt_lab.compress.leaves.sum import Frozen, Sum, add_low_rank, split_low_
 from jaxopt_lab.core import tree
 
 # Small programs run once each: the time goes into compiling, so compile carelessly.
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
 _close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
 
 
@@ -85,7 +84,7 @@ def test_every_rule_equals_that_of_the_dense_weight():
         (kernel, lambda w: jnp.einsum("bi,hwio->bhwo", image[0, 0], w)),
     ]
 
-    @_jit
+    @jax.jit
     def both(leaves):
         return [(compress.lift(fn)(leaf), fn(leaf.materialise())) for leaf, (_, fn) in zip(leaves, fns, strict=True)]
 
@@ -140,7 +139,7 @@ def test_factors_first_take_what_is_large_and_codes_the_rest():
 
 def test_the_error_falls_with_the_iterations():
     w = _array(14, 12)
-    store = _jit(lambda w, n: split_low_rank({"kernel": w}, rank=3, rest=_coarse(), iterations=n), static_argnums=1)
+    store = jax.jit(lambda w, n: split_low_rank({"kernel": w}, rank=3, rest=_coarse(), iterations=n), static_argnums=1)
     errors = [float(jnp.linalg.norm(w - store(w, n)["kernel"].materialise())) for n in (1, 2, 6)]
     assert errors[0] > errors[1] >= errors[2] - 1e-5
     # Without codes that matter the factors alone are the best, and nothing is left to gain.
@@ -151,13 +150,13 @@ def test_the_error_falls_with_the_iterations():
 def test_split_weights_work_under_vmap_and_in_a_scan():
     w = _array(2, 8, 8)
     store = lambda w: split_low_rank({"kernel": w}, rank=2, rest=functools.partial(compress.quantize, axis=None), iterations=2)  # noqa: E731
-    many = _jit(jax.vmap(store))(w)
+    many = jax.jit(jax.vmap(store))(w)
     apply = lambda p, x: lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["kernel"])[0]  # noqa: E731
     stacked = split_low_rank({"kernel": w}, 2, functools.partial(compress.quantize, axis=(0, -1)), stacked=1)
     for stored in (many, stacked):
         leaf = stored["kernel"]
         assert leaf.aval().shape == (2, 8, 8)
-        got = _jit(compress.lift(apply))(stored, x := _array(3, 8, seed=5))
+        got = jax.jit(compress.lift(apply))(stored, x := _array(3, 8, seed=5))
         dense = jnp.stack([jax.tree.map(lambda field, k=k: field[k], leaf).materialise() for k in range(2)])
         _close(got, apply({"kernel": dense}, x), rtol=1e-3, atol=1e-4)
 
@@ -172,7 +171,7 @@ class Net(nn.Module):
 @functools.cache
 def _net() -> tuple[Any, jax.Array]:
     x = _array(4, 5, 5, 2)
-    return _jit(Net().init)(jax.random.key(0), x), x
+    return jax.jit(Net().init)(jax.random.key(0), x), x
 
 
 def test_new_factors_change_nothing_and_then_they_alone_train():
@@ -189,7 +188,7 @@ def test_new_factors_change_nothing_and_then_they_alone_train():
     assert all(float(jnp.abs(each.b).max()) == 0 < float(jnp.abs(each.a).min()) for each in factors)
     tx = compress.optimizer(optax.adamw(0.05, weight_decay=0.1))
 
-    @_jit
+    @jax.jit
     def run(stored, x):
         def loss(stored):
             return jnp.sum((compress.lift(Net().apply)(stored, x) - 1) ** 2)
@@ -223,7 +222,7 @@ def test_gradients_of_the_parts_are_those_through_the_dense_sum():
     def loss(apply, stored, x):
         return jnp.sum(jnp.sin(apply(stored, x)) ** 2)
 
-    @_jit
+    @jax.jit
     def both(stored, x):
         grad = lambda fn: jax.grad(fn, (0, 1), allow_int=True)(stored, x)  # noqa: E731
         lifted = grad(functools.partial(loss, compress.lift(Net().apply)))

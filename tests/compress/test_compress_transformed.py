@@ -1,7 +1,5 @@
 """Weights stored in another basis of their inputs: products that never see the dense weight, and all else that they must keep."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +12,6 @@ from jaxopt_lab.compress.leaves.dynamic import DynamicQuantized, dynamic
 from jaxopt_lab.compress.leaves.low_rank import LowRank
 from jaxopt_lab.compress.leaves.quantized import Quantized, quantize
 from jaxopt_lab.compress.leaves.transformed import InputScaled, Rotated
-
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
 
 
 def _normal(*shape: int, seed: int = 0, dtype=np.float32) -> jax.Array:
@@ -67,8 +63,8 @@ def test_products_are_those_with_the_dense_weight_and_never_make_it(monkeypatch,
             raise AssertionError("the dense weight was made")
 
         monkeypatch.setattr(kind, "materialise", refuse)
-    out, slope = _jit(lambda w, x: jax.value_and_grad(lambda x: jnp.sum(jnp.sin(compress.lift(multiply)(w, x))))(x))(leaf, x)
-    want, want_slope = _jit(jax.value_and_grad(lambda x, w: jnp.sum(jnp.sin(multiply(w, x)))))(x, dense)
+    out, slope = jax.jit(lambda w, x: jax.value_and_grad(lambda x: jnp.sum(jnp.sin(compress.lift(multiply)(w, x))))(x))(leaf, x)
+    want, want_slope = jax.jit(jax.value_and_grad(lambda x, w: jnp.sum(jnp.sin(multiply(w, x)))))(x, dense)
     np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(slope, want_slope, rtol=1e-3, atol=1e-4)
 
@@ -82,8 +78,8 @@ def test_what_trains_inside_trains_and_keeps_its_derivatives(kind):
         full = a @ b
         return full / leaf.scale if kind is InputScaled else hadamard.transform(full, 0) * leaf.signs
 
-    wanted = _jit(jax.grad(lambda ab: jnp.sum(jnp.cos(x @ dense(*ab)))))((a, b))
-    slopes = _jit(jax.grad(compress.lift(lambda w: jnp.sum(jnp.cos(x @ w))), allow_int=True))(leaf)
+    wanted = jax.jit(jax.grad(lambda ab: jnp.sum(jnp.cos(x @ dense(*ab)))))((a, b))
+    slopes = jax.jit(jax.grad(compress.lift(lambda w: jnp.sum(jnp.cos(x @ w))), allow_int=True))(leaf)
     assert leaf.trains == ("inner",)
     assert leaf.latent is None
     np.testing.assert_allclose(slopes.inner.a, wanted[0], rtol=1e-4, atol=1e-4)
@@ -96,7 +92,7 @@ def test_the_inner_rule_sees_the_inputs_in_its_own_basis(kind):
     leaf = _made(kind, w, (0,), store=lambda v: dynamic({"w": v}, "w")["w"])
     assert isinstance(leaf.inner, DynamicQuantized)
     moved = x / leaf.scale[:, 0][None] if kind is InputScaled else hadamard.rotate(x, leaf.signs[:, 0])
-    lifted = _jit(compress.lift(lambda w, x: x @ w))
+    lifted = jax.jit(compress.lift(lambda w, x: x @ w))
     np.testing.assert_allclose(lifted(leaf, x), lifted(leaf.inner, moved), rtol=1e-5, atol=1e-5)
 
 
@@ -105,7 +101,7 @@ def test_dtypes_stacking_and_words(kind):
     w = _normal(8, 3, dtype=jnp.bfloat16)
     leaf = _made(kind, w, (0,))
     assert leaf.materialise().dtype == leaf.dtype == jnp.bfloat16
-    out = _jit(compress.lift(lambda w, x: x @ w.astype(jnp.float32)))(leaf, jnp.ones((2, 8)))
+    out = jax.jit(compress.lift(lambda w, x: x @ w.astype(jnp.float32)))(leaf, jnp.ones((2, 8)))
     np.testing.assert_allclose(out, np.ones((2, 8)) @ np.asarray(leaf.materialise(), np.float32), rtol=0.02, atol=0.05)
     both = jax.tree.map(lambda a, b: jnp.stack([a, b]), leaf, leaf)
     np.testing.assert_array_equal(both.materialise(), np.stack([leaf.materialise()] * 2))

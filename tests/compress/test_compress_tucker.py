@@ -16,7 +16,6 @@ from jaxopt_lab.compress.leaves.tucker import Tucker2, tucker2
 from jaxopt_lab.core import tree
 
 # Small programs run once each: the time goes into compiling, so compile carelessly.
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
 _close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
 
 
@@ -49,7 +48,7 @@ def test_kernels_of_low_rank_are_found_exactly_and_their_ranks_by_energy():
 
 def test_the_error_falls_from_turn_to_turn_and_is_what_the_core_lacks():
     w = _array(9, 8, 7)
-    fit = _jit(lambda w, turns: factor.tucker2(w, (3, 2), turns))
+    fit = jax.jit(lambda w, turns: factor.tucker2(w, (3, 2), turns))
     errors = []
     for turns in (0, 1, 2, 8):
         first, core, last = fit(w, turns)
@@ -96,7 +95,7 @@ def test_convolutions_read_their_layout(spec, inputs, outputs, leafy):
             seen.append((out := super().conv_general_dilated(x, **params)) is not NotImplemented)
             return out
 
-    @_jit
+    @jax.jit
     def both(fields, x):
         w = Watched(*fields, inputs, outputs)
         options = (
@@ -123,7 +122,7 @@ class Net(nn.Module):
 
 def test_a_lifted_model_equals_the_dense_one_in_value_and_gradients():
     x = jnp.asarray(_array(2, 6, 6, 3))
-    variables = _jit(Net().init)(jax.random.key(0), x)
+    variables = jax.jit(Net().init)(jax.random.key(0), x)
     stored = tucker2(variables, ranks=(2, 3))
     formats = {path: row.format for path, row in compress.summary(stored).items()}
     assert formats == {
@@ -133,7 +132,7 @@ def test_a_lifted_model_equals_the_dense_one_in_value_and_gradients():
     def loss(apply, variables, x):
         return jnp.sum(jnp.sin(apply(variables, x)) ** 2)
 
-    @_jit
+    @jax.jit
     def everything(stored, x):
         lifted = jax.value_and_grad(functools.partial(loss, compress.lift(Net().apply)), (0, 1))(stored, x)
         dense = jax.value_and_grad(lambda s, x: loss(Net().apply, compress.decompress(s), x), (0, 1))(stored, x)

@@ -16,7 +16,6 @@ from jaxopt_lab.core import tracing, tree
 from jaxopt_lab.core.tracing import Reducer, programs, views, walks
 
 # Small programs run once each: the time goes into compiling, so compile carelessly.
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
 
 
 def _f32(*shape: int) -> jax.ShapeDtypeStruct:
@@ -244,7 +243,7 @@ def test_a_view_is_replayed_from_its_steps(look):
             value = out[step.output] if step.operation.multiple_results else out
         return value
 
-    expected, value = _jit(lambda w: (look(w), replayed(w)))(w)
+    expected, value = jax.jit(lambda w: (look(w), replayed(w)))(w)
     assert (value.dtype, value.shape) == (site.weight.dtype, site.weight.shape)
     np.testing.assert_array_equal(value, expected)
 
@@ -309,7 +308,7 @@ def test_a_site_is_found_and_tapped_inside_whatever_holds_it(name):
     assert not found.unknown
     assert all(site.sometimes == (name in ("while", "cond", "platform", "all of them")) for site in found.sites)
 
-    (outputs, taps), plain_outputs = _jit(lambda w, x: (tracing.tapped(apply, lambda _, live: live)(w, x), apply(w, x)))(w, x)
+    (outputs, taps), plain_outputs = jax.jit(lambda w, x: (tracing.tapped(apply, lambda _, live: live)(w, x), apply(w, x)))(w, x)
     np.testing.assert_allclose(outputs, plain_outputs, rtol=1e-6)
     (w, x) = jax.tree.map(np.asarray, (w, x))
     hidden = np.tanh(x @ w["a"].T)
@@ -354,7 +353,7 @@ def test_linen_layers_say_what_they_were_given():
         kernel = variables["params"]["CheckpointDense_0"]["kernel"]
         return expected, got, given, taps, nn.relu(taps["params/CheckpointDense_0/kernel"].value @ kernel)
 
-    expected, got, given, taps, head = _jit(both)(x)
+    expected, got, given, taps, head = jax.jit(both)(x)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, expected)
     assert set(taps) == {"params/Conv_0/kernel", "params/Conv_1/kernel", "params/CheckpointDense_0/kernel", "params/head"}
     for name in ("params/Conv_0/kernel", "params/Conv_1/kernel"):
@@ -370,7 +369,7 @@ def test_an_nnx_module_that_is_merged():
         tap = tracing.tapped(lambda state, x: nnx.merge(graph, state)(x), lambda site, live: live.input)
         return (module(x), nnx.relu(module.layers[0](x))), tap(state, x)
 
-    (expected, hidden), (outputs, taps) = _jit(both)(_normal(5, 4))
+    (expected, hidden), (outputs, taps) = jax.jit(both)(_normal(5, 4))
     np.testing.assert_allclose(outputs, expected, rtol=1e-6)
     assert list(taps) == ["layers/0/kernel", "layers/2/kernel"]
     np.testing.assert_allclose(taps["layers/2/kernel"].value, hidden, rtol=1e-6)
@@ -405,8 +404,8 @@ def test_a_scan_stacks_what_is_tapped():
     sites = {site.name: site for site in tracing.sites(_stack, w, x)}
     assert [tuple(scan) for scan in sites["shared"].scans] == [(3, False), (2, False)]
     assert [tuple(scan) for scan in sites["layers"].scans] == [(3, True)]
-    _, taps = _jit(tracing.tapped(_stack, lambda site, live: live.input))(w, x)
-    layers, shared = _jit(_by_hand)(w, x)
+    _, taps = jax.jit(tracing.tapped(_stack, lambda site, live: live.input))(w, x)
+    layers, shared = jax.jit(_by_hand)(w, x)
     np.testing.assert_allclose(taps["layers"].value, layers, rtol=1e-5, atol=1e-6)
     # Entry k is the step that took entry k of the layers: under a reversed scan the last one ran first.
     expected = np.asarray(shared).reshape(3, 2, 2, 3)[::-1]
@@ -422,8 +421,8 @@ def test_a_scan_keeps_a_state_for_each_layer_and_one_for_what_they_share():
     init, update = tracing.reducing(_stack, _SUM)
     states = init(w, x)
     assert jax.tree.map(jnp.shape, states) == {"shared": (3,), "layers": (3, 3)}
-    outputs, states = _jit(update)(states, w, x)
-    expected, (layers, shared) = _jit(lambda w, x: (_stack(w, x), _by_hand(w, x)))(w, x)
+    outputs, states = jax.jit(update)(states, w, x)
+    expected, (layers, shared) = jax.jit(lambda w, x: (_stack(w, x), _by_hand(w, x)))(w, x)
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(states["layers"], np.sum(layers, axis=1), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(states["shared"], np.sum(shared, axis=(0, 1)), rtol=1e-5, atol=1e-5)
@@ -434,7 +433,7 @@ def test_a_branch_that_is_not_taken_gives_zeros():
         return lax.switch(jnp.int32(x[0, 0]), [lambda: x, lambda: x @ w["a"], lambda: (2 * x) @ w["b"] @ w["b"]])
 
     w = {"a": jnp.eye(2), "b": jnp.eye(2)}
-    call = _jit(tracing.tapped(apply, lambda site, live: live.input))
+    call = jax.jit(tracing.tapped(apply, lambda site, live: live.input))
     for index, times in ((0, [0, 0, 0]), (1, [1, 0, 0]), (2, [0, 1, 1])):
         x = jnp.full((1, 2), float(index))
         outputs, taps = call(w, x)
@@ -449,11 +448,11 @@ def test_a_while_loop_gives_its_last_input_and_counts():
         return lax.while_loop(lambda x: jnp.sum(x) < 50, lambda x: x @ w["w"], x)
 
     w, x = {"w": 2 * jnp.eye(2)}, jnp.ones((1, 2))
-    outputs, taps = _jit(tracing.tapped(apply, lambda site, live: live.input))(w, x)
+    outputs, taps = jax.jit(tracing.tapped(apply, lambda site, live: live.input))(w, x)
     assert outputs.tolist() == [[32.0, 32.0]]
     assert (taps["w"].value.tolist(), int(taps["w"].times)) == ([[16.0, 16.0]], 5)
     init, update = tracing.reducing(apply, _SUM)
-    assert _jit(update)(init(w, x), w, x)[1]["w"].tolist() == [31.0, 31.0]
+    assert jax.jit(update)(init(w, x), w, x)[1]["w"].tolist() == [31.0, 31.0]
 
 
 def test_a_tapped_function_is_mapped_and_differentiated_like_any_other():
@@ -462,10 +461,10 @@ def test_a_tapped_function_is_mapped_and_differentiated_like_any_other():
 
     call = tracing.tapped(apply, lambda site, live: jnp.max(jnp.abs(live.input)))
     w, x = {"w": _normal(2, 3, 3)}, _normal(4, 2, 3, seed=1)
-    (outputs, taps), expected = _jit(lambda w, x: (jax.vmap(call, (None, 0))(w, x), [apply(w, row) for row in x]))(w, x)
+    (outputs, taps), expected = jax.jit(lambda w, x: (jax.vmap(call, (None, 0))(w, x), [apply(w, row) for row in x]))(w, x)
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(taps["w"].value[:, 0], np.max(np.abs(x), axis=(1, 2)), rtol=1e-6)
-    (gradient, _), expected = _jit(lambda w, x: (jax.grad(call, has_aux=True)(w, x), jax.grad(apply)(w, x)))(w, x[0])
+    (gradient, _), expected = jax.jit(lambda w, x: (jax.grad(call, has_aux=True)(w, x), jax.grad(apply)(w, x)))(w, x[0])
     np.testing.assert_allclose(gradient["w"], expected["w"], rtol=1e-5, atol=1e-6)
 
 
@@ -478,7 +477,7 @@ def test_sharded_arrays_and_asked_for_shardings():
         return inner(w, x)
 
     w, x = {"a": _normal(3, 4), "b": _normal(4, 2, seed=1)}, jax.device_put(_normal(16, 3, seed=2), rows)
-    outputs, taps = _jit(tracing.tapped(apply, lambda site, live: live.input.T @ live.input))(w, x)
+    outputs, taps = jax.jit(tracing.tapped(apply, lambda site, live: live.input.T @ live.input))(w, x)
     assert outputs.sharding.is_equivalent_to(rows, 2)
     np.testing.assert_allclose(taps["a"].value, x.T @ x, rtol=1e-5, atol=1e-5)
 

@@ -1,7 +1,5 @@
 """Criteria, distributions and patterns by hand."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +7,6 @@ import pytest
 
 from jaxopt_lab import prune
 from jaxopt_lab.core import tree
-
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
 
 
 @pytest.mark.parametrize(("sparsity", "expected"), [(0.9, (0.92043, 0.76981, 0.0)), (0.8, (0.83776, 0.53064, 0.0))])
@@ -37,7 +33,7 @@ def test_n_of_m_by_hand():
 @pytest.mark.parametrize("axis", [-2, -1, 0])
 def test_n_of_m_keeps_n_of_every_group(axis):
     scores = np.random.default_rng(0).random((4, 8, 4), np.float32)
-    mask = np.moveaxis(np.asarray(_jit(prune.n_of_m(1, 4, axis=axis).fixed)(scores)), axis, -1)
+    mask = np.moveaxis(np.asarray(jax.jit(prune.n_of_m(1, 4, axis=axis).fixed)(scores)), axis, -1)
     groups = np.moveaxis(scores, axis, -1).reshape(-1, 4)
     np.testing.assert_array_equal(mask.reshape(-1, 4), groups == groups.max(1, keepdims=True))
 
@@ -51,7 +47,7 @@ def test_nan_counts_as_the_largest_whatever_the_pattern():
     np.testing.assert_array_equal(prune.n_of_m(1, 2).fixed(weights["kernel"]), expected)
 
     def kept(*sparsity, **options):
-        return _jit(lambda: prune.one_shot(prune.magnitude(), weights, *sparsity, **options)[1]["kernel"])()
+        return jax.jit(lambda: prune.one_shot(prune.magnitude(), weights, *sparsity, **options)[1]["kernel"])()
 
     np.testing.assert_array_equal(kept(pattern=prune.n_of_m(1, 2)), expected)
     np.testing.assert_array_equal(kept(5 / 8), np.isnan(weights["kernel"]))
@@ -103,7 +99,7 @@ def test_packing_round_trips_in_the_fewest_bytes():
     sizes = {(13,): 2, (16, 3): 2 * 3, (3, 16): 3 * 2, (3, 3, 1, 6): 9, (2, 5): 2, (3, 9, 5): 3 * 9, (1,): 1}
     masks = [np.random.default_rng(1).random((2, *shape)) < 0.5 for shape in sizes]
 
-    @_jit
+    @jax.jit
     def packed_and_back(masks):
         packed = [(prune.pack(mask[0]), jax.vmap(prune.pack)(mask)) for mask in masks]
         return packed, [(prune.unpack(one), jax.vmap(prune.unpack)(two)) for one, two in packed]

@@ -1,6 +1,5 @@
 """The threshold is exact, ties keep the lowest flat index, and sharded leaves stay where they are."""
 
-import functools
 import re
 
 import jax
@@ -14,10 +13,9 @@ from jax.sharding import PartitionSpec as P
 from jaxopt_lab import prune
 
 # Compiled for one call: what the compiler would spend on speed costs more than it saves.
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
 
-KTH = _jit(prune.kth_largest)
-KEEP = _jit(lambda scores, k: prune.keep_largest(scores, k, joint=True))
+KTH = jax.jit(prune.kth_largest)
+KEEP = jax.jit(lambda scores, k: prune.keep_largest(scores, k, joint=True))
 SHAPES = [(7, 5), (64,), (3, 3, 4)]
 
 DRAWS = {
@@ -72,13 +70,13 @@ def test_nan_is_the_largest():
 
 
 def test_each_leaf_by_itself():
-    masks = _jit(lambda keep: prune.keep_largest([jnp.arange(4.0), jnp.arange(3.0)], keep, joint=False))(jnp.array([1, 2]))
+    masks = jax.jit(lambda keep: prune.keep_largest([jnp.arange(4.0), jnp.arange(3.0)], keep, joint=False))(jnp.array([1, 2]))
     np.testing.assert_array_equal(masks[0], [False, False, False, True])
     np.testing.assert_array_equal(masks[1], [False, True, True])
 
 
 def test_python_floats_are_scores_too():
-    assert _jit(lambda: prune.kth_largest([1.0, np.float32(3.0), jnp.array([2.0])], 2))() == 2.0
+    assert jax.jit(lambda: prune.kth_largest([1.0, np.float32(3.0), jnp.array([2.0])], 2))() == 2.0
 
 
 def test_errors():
@@ -111,7 +109,7 @@ def test_sharded_leaves_are_never_gathered(spec):
         (prune.kth_largest, threshold),
         (lambda x, k: prune.keep_largest([x], k[None], joint=True)[0], scores >= threshold),
     ):
-        compiled = _jit(fn).lower(sharded, jnp.uint32(300)).compile()
+        compiled = jax.jit(fn).lower(sharded, jnp.uint32(300)).compile()
         found = collectives(compiled.as_text())
         assert set(found) == {"all-reduce"}
         assert found["all-reduce"] == 1
@@ -135,13 +133,13 @@ def test_a_whole_update_gathers_nothing(options):
     sharding = NamedSharding(mesh, P("a", "b"))
     weights = jax.device_put(jax.random.normal(jax.random.key(0), (64, 32)), sharding)
     tx = prune.sparsify(optax.sgd(0.1), where="**", **options)
-    state = _jit(tx.init)(weights)
+    state = jax.jit(tx.init)(weights)
 
     def step(weights, state):
         updates, state = tx.update(weights, state, weights)
         return jax.lax.with_sharding_constraint(optax.apply_updates(weights, updates), sharding), state
 
-    found = collectives(_jit(step).lower(weights, state).compile().as_text())
+    found = collectives(jax.jit(step).lower(weights, state).compile().as_text())
     assert set(found) <= {"all-reduce"}
     assert found.get("all-reduce", 1) == 1
 
@@ -150,4 +148,4 @@ def test_under_vmap_the_tie_search_stays_conditional():
     scores = jnp.stack([jnp.arange(6.0), jnp.ones(6)])
     many = jax.vmap(lambda score: prune.keep_largest([score], jnp.array([2]), joint=True)[0])
     assert "cond[" in str(jax.make_jaxpr(many)(scores))
-    np.testing.assert_array_equal(_jit(many)(scores), [[0, 0, 0, 0, 1, 1], [1, 1, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(jax.jit(many)(scores), [[0, 0, 0, 0, 1, 1], [1, 1, 0, 0, 0, 0]])

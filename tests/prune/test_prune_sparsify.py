@@ -16,7 +16,6 @@ from jax.sharding import PartitionSpec as P
 from jaxopt_lab import prune, schedules
 
 # Compiled for one call: what the compiler would spend on speed costs more than it saves.
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
 
 KEY = jax.random.key(0)
 PARAMS = {
@@ -39,7 +38,7 @@ def zeros(params):
 def run(tx, params, steps, **extra):
     """Yields the parameters and the state after every step of a jitted loop."""
 
-    @_jit
+    @jax.jit
     def step(params, state, t):
         updates, state = tx.update(gradient(params, t), state, params, **extra)
         return optax.apply_updates(params, updates), state
@@ -211,7 +210,7 @@ def test_any_tree(params, where):
 def test_exact_counts(distribution):
     cuts = (0.0, 1 / 3, 0.5, 0.9999, 1.0)
     tx = prune.sparsify(optax.set_to_zero(), lambda count: cuts[count], end=4, distribution=distribution)
-    update, state = _jit(tx.update), tx.init(PARAMS)
+    update, state = jax.jit(tx.update), tx.init(PARAMS)
     for cut in cuts:
         updates, state = update(PARAMS, state, PARAMS)
         masks = prune.masks(state)
@@ -227,7 +226,7 @@ def test_exact_counts(distribution):
             assert magnitudes[kept].min() > magnitudes[~kept].max()
         if cut == 0.5:
             # A cut from nothing is the one that was reached by way of a smaller one.
-            params, once = _jit(lambda: prune.one_shot(prune.magnitude(), PARAMS, 0.5, distribution=distribution))()
+            params, once = jax.jit(lambda: prune.one_shot(prune.magnitude(), PARAMS, 0.5, distribution=distribution))()
             jax.tree.map(np.testing.assert_array_equal, once, masks)
             assert [int(zero.sum()) for zero in zeros(params)] == counts
 
@@ -315,7 +314,7 @@ def test_a_schedule_of_growth_is_evaluated_at_the_mask_updates_on_the_host():
     weights, fractions = jnp.arange(1.0, 9.0), {0: 0.0, 3: 0.5, 4: 0.75}
     growth = prune.gradient_growth(lambda count: fractions[count])
     tx = prune.sparsify(optax.set_to_zero(), 0.5, end=4, every=3, where="**", growth=growth)
-    update, state, live = _jit(tx.update), tx.init(weights), {}
+    update, state, live = jax.jit(tx.update), tx.init(weights), {}
     for t in range(5):
         # The smallest weights have the largest gradients.
         _, state = update(weights[::-1], state, weights)
@@ -334,7 +333,7 @@ def test_traced_fractions_are_clipped():
         return prune.masks(tx.update({"kernel": params["kernel"][::-1]}, tx.init(params), params)[1])["kernel"]
 
     def counts(fn, *fractions):
-        return _jit(jax.vmap(fn))(jnp.array(fractions)).sum(1).tolist()
+        return jax.jit(jax.vmap(fn))(jnp.array(fractions)).sum(1).tolist()
 
     assert counts(live, 0.0, 0.25, 1.0, 1.2, -0.5) == [8, 6, 0, 0, 8]
     # A schedule of a traced number is traced.
@@ -343,7 +342,7 @@ def test_traced_fractions_are_clipped():
     def grown(fraction):
         return live(0.5, growth=prune.gradient_growth(fraction))
 
-    masks = _jit(jax.vmap(grown))(jnp.array([-0.5, 0.0, 0.5, 1.0, 1.5]))
+    masks = jax.jit(jax.vmap(grown))(jnp.array([-0.5, 0.0, 0.5, 1.0, 1.5]))
     none, half, all_ = np.repeat([0, 1], 4), np.array([1, 1, 0, 0, 0, 0, 1, 1]), np.repeat([1, 0], 4)
     np.testing.assert_array_equal(masks, np.array([none, none, half, all_, all_], bool))
 
@@ -361,9 +360,9 @@ def test_a_traced_cut_of_more_weights_than_float32_counts():
 def test_oracles_of_torch_prune():
     # Masks of torch.nn.utils.prune.l1_unstructured(amount=0.5) and global_unstructured(amount=0.4) on these weights (torch 2.13).
     first, second = jnp.array([[0.5, -1.5, 0.2], [-0.1, 3.0, -0.7]]), jnp.array([[-0.3, 0.9], [2.0, -0.05]])
-    _, masks = _jit(lambda: prune.one_shot(prune.magnitude(), {"kernel": first}, 0.5))()
+    _, masks = jax.jit(lambda: prune.one_shot(prune.magnitude(), {"kernel": first}, 0.5))()
     np.testing.assert_array_equal(masks["kernel"], np.array([[0, 1, 0], [0, 1, 1]], bool))
-    _, masks = _jit(lambda: prune.one_shot(prune.magnitude(), {"a": {"kernel": first}, "b": {"kernel": second}}, 0.4))()
+    _, masks = jax.jit(lambda: prune.one_shot(prune.magnitude(), {"a": {"kernel": first}, "b": {"kernel": second}}, 0.4))()
     np.testing.assert_array_equal(masks["a"]["kernel"], np.array([[1, 1, 0], [0, 1, 1]], bool))
     np.testing.assert_array_equal(masks["b"]["kernel"], np.array([[0, 1], [1, 0]], bool))
 
@@ -384,9 +383,9 @@ def test_vmap_over_configurations_keeps_the_cond():
     many = jax.vmap(one)
     # That of the mask update, and that of the search among ties inside it.
     assert str(jax.make_jaxpr(many)(fractions, stacked)).count("cond[") == 2
-    params = _jit(many)(fractions, stacked)
+    params = jax.jit(many)(fractions, stacked)
     for i, fraction in enumerate((0.5, 0.9)):
-        alone = _jit(functools.partial(one, fraction))(jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
+        alone = jax.jit(functools.partial(one, fraction))(jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
         for got, expected in zip(jax.tree.leaves(params), jax.tree.leaves(alone), strict=True):
             np.testing.assert_allclose(got[i], expected, atol=1e-6)
             np.testing.assert_array_equal(got[i] == 0, expected == 0)
@@ -401,9 +400,9 @@ def test_gradient_through_a_step_is_masked():
         return optax.apply_updates(PARAMS, updates)["a"]["kernel"].sum(), new
 
     # Each live weight moves by -0.1 * scale; a cut one stays at zero.
-    (_, new), slope = _jit(jax.value_and_grad(after, has_aux=True))(1.0)
+    (_, new), slope = jax.jit(jax.value_and_grad(after, has_aux=True))(1.0)
     np.testing.assert_allclose(slope, -0.1 * int(prune.masks(new)["a"]["kernel"].sum()), rtol=1e-5)
-    _, forward = _jit(lambda: jax.jvp(lambda s: after(s)[0], (1.0,), (1.0,)))()
+    _, forward = jax.jit(lambda: jax.jvp(lambda s: after(s)[0], (1.0,), (1.0,)))()
     np.testing.assert_allclose(slope, forward, rtol=1e-6)
 
 
@@ -451,7 +450,7 @@ def test_saliency_uses_gradients():
     # A padded row does not count, an integer leaf has no gradient, and several inputs are a tuple.
     padded = [{"x": (jnp.array([[8.0, 1, 1, 1], [0, 0, 90, 0]]),), "y": jnp.ones(2), "weight": jnp.array([1.0, 0.0])}] * 2
     params |= {"ids": jnp.arange(3)}
-    _, masks = _jit(
+    _, masks = jax.jit(
         lambda: prune.one_shot(prune.saliency(), params, 0.5, apply=lambda p, x: x @ p["kernel"], loss=loss, batches=padded)
     )()
     np.testing.assert_array_equal(masks["kernel"], [True, False, False, True])
@@ -568,7 +567,7 @@ def test_one_inside_another():
 def test_a_path_that_ends_like_another_is_not_mistaken_for_it():
     params = {"kernel": jnp.array([0.1, 2.0, 0.3, 4.0]), "layer": {"kernel": jnp.arange(5.0, 9.0)}}
     tx = prune.sparsify(optax.adam(1e-3), 0.5, begin=1, where="kernel")
-    update, state = _jit(tx.update), tx.init(params)
+    update, state = jax.jit(tx.update), tx.init(params)
     for _ in range(2):
         _, state = update(jax.tree.map(jnp.ones_like, params), state, params)
     np.testing.assert_allclose(state.inner_state[0].mu["layer"]["kernel"], 0.19, rtol=1e-6)
@@ -598,7 +597,7 @@ def test_an_empty_leaf_is_left_alone():
 def test_in_double_precision():
     with jax.enable_x64(True):
         params = {"kernel": jnp.linspace(-1.0, 1.0, 9, dtype=jnp.float64), "half": {"kernel": jnp.ones(3, jnp.bfloat16)}}
-        assert _jit(prune.kth_largest)(params["kernel"], 3) == 0.5
+        assert jax.jit(prune.kth_largest)(params["kernel"], 3) == 0.5
         *_, (trained, _) = run(sparse(optax.adam(0.1), sparsity=schedules.cubic(0.0, 0.5, 2, 9)), params, 11)
         assert trained["kernel"].dtype == jnp.float64
         assert sum(int((leaf == 0).sum()) for leaf in jax.tree.leaves(trained)) == 6

@@ -14,8 +14,6 @@ from jaxopt_lab.checkpoint import load_tree, save_tree
 from jaxopt_lab.core import tree
 from jaxopt_lab.surgery import fold_batch_norm
 
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
-
 
 def _image(*shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
@@ -142,8 +140,8 @@ def test_folded_is_the_same_function_of_a_smaller_tree(name):
     assert set(tree.paths(folded)) == (set(tree.paths(variables)) - gone) | new
     # The length of the batch is free.
     x = jnp.concatenate([x, 0.5 * x])
-    expected = _jit(apply)(variables, x)
-    np.testing.assert_allclose(_jit(folded_apply)(folded, x), expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
+    expected = jax.jit(apply)(variables, x)
+    np.testing.assert_allclose(jax.jit(folded_apply)(folded, x), expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
 def test_a_fold_by_hand():
@@ -165,21 +163,21 @@ def test_folded_weights_are_quantised_differentiated_and_batched():
     _, _, x, folded_apply, folded, _ = _folded("residual")
     stored = compress.quantize(folded, axis=None)
     assert isinstance(stored["params"]["Conv_3"]["kernel"], compress.Quantized)
-    got = _jit(compress.lift(folded_apply))(stored, x)
-    np.testing.assert_allclose(got, _jit(folded_apply)(compress.decompress(stored), x), rtol=1e-4, atol=1e-4)
+    got = jax.jit(compress.lift(folded_apply))(stored, x)
+    np.testing.assert_allclose(got, jax.jit(folded_apply)(compress.decompress(stored), x), rtol=1e-4, atol=1e-4)
 
     _, _, x, folded_apply, folded, _ = _folded("dense")
-    grads = _jit(jax.grad(lambda folded: folded_apply(folded, x).sum()))(folded)
+    grads = jax.jit(jax.grad(lambda folded: folded_apply(folded, x).sum()))(folded)
     assert jax.tree.structure(grads) == jax.tree.structure(folded)
     assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(grads))
     several = jax.tree.map(lambda a: jnp.stack([a, -a]), folded)
-    both = _jit(jax.vmap(folded_apply, (0, None)))(several, x)
+    both = jax.jit(jax.vmap(folded_apply, (0, None)))(several, x)
     np.testing.assert_allclose(both[0], folded_apply(folded, x), rtol=1e-5, atol=1e-6)
 
 
 def test_folding_itself_can_be_compiled():
     apply, variables, x, _, folded, _ = _folded("dense")
-    again = _jit(lambda variables: fold_batch_norm(apply, variables, x)[1])(variables)
+    again = jax.jit(lambda variables: fold_batch_norm(apply, variables, x)[1])(variables)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), again, folded)
 
 
@@ -188,7 +186,7 @@ def test_a_folded_tree_comes_back_from_a_checkpoint(name, tmp_path):
     _, _, x, folded_apply, folded, _ = _folded(name)
     save_tree(tmp_path / "folded", folded)
     got = load_tree(tmp_path / "folded")
-    assert np.array_equal(_jit(folded_apply)(got, x), _jit(folded_apply)(folded, x))
+    assert np.array_equal(jax.jit(folded_apply)(got, x), jax.jit(folded_apply)(folded, x))
 
 
 def test_a_fake_quantised_weight_is_folded_by_its_latent_weight():
@@ -198,7 +196,7 @@ def test_a_fake_quantised_weight_is_folded_by_its_latent_weight():
     leaf = got["params"]["layer"]["kernel"]
     assert isinstance(leaf, compress.StraightThrough)
     np.testing.assert_array_equal(leaf.w, folded["params"]["layer"]["kernel"])
-    assert _jit(compress.lift(folded_apply))(compress.freeze(got), x).shape == (2, 3)
+    assert jax.jit(compress.lift(folded_apply))(compress.freeze(got), x).shape == (2, 3)
 
 
 def test_half_precision_keeps_precise_shifts():

@@ -1,7 +1,5 @@
 """The step against numpy, what it hands to the optimiser, and what it refuses."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,7 +11,6 @@ from flax import nnx
 from jaxopt_lab import compress, nets, parallel, prune, train
 from jaxopt_lab.core import rows
 
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
 KEY = jax.random.key(2)
 RNG = np.random.default_rng(0)
 X, Y = RNG.standard_normal((6, 3), dtype=np.float32), RNG.standard_normal(6, dtype=np.float32)
@@ -107,13 +104,13 @@ def test_a_line_search_is_that_of_optax():
     def objective(w):
         return jnp.sum(weight * (X @ w - Y) ** 2) / weight.sum() + 0.1 * jnp.sum(w**2)
 
-    @_jit
+    @jax.jit
     def plain(w, opt_state):
         value, grad = jax.value_and_grad(objective)(w)
         updates, opt_state = tx.update(grad, opt_state, w, value=value, grad=grad, value_fn=objective)
         return optax.apply_updates(w, updates), opt_state
 
-    step = _jit(train.make_step(LINEAR, squared, tx, penalty=lambda w: 0.1 * jnp.sum(w**2)))
+    step = jax.jit(train.make_step(LINEAR, squared, tx, penalty=lambda w: 0.1 * jnp.sum(w**2)))
     state = train.init(LINEAR, tx, KEY, X)
     w, opt_state, values = state.params, state.opt_state, []
     for _ in range(4):
@@ -146,10 +143,10 @@ def test_the_value_function_is_the_objective_with_its_gradient(axis_name):
         return state.params, dict(seen)
 
     if axis_name is None:
-        params, found = _jit(run)(BATCH)
+        params, found = jax.jit(run)(BATCH)
     else:
         # Four devices of two rows; two rows are padding.
-        over = _jit(jax.vmap(run, axis_name=axis_name))(parallel.split_rows(rows.pad_rows(BATCH, 8), 4))
+        over = jax.jit(jax.vmap(run, axis_name=axis_name))(parallel.split_rows(rows.pad_rows(BATCH, 8), 4))
         params, found = jax.tree.map(lambda x: x[0], over)
         jax.tree.map(lambda x: np.testing.assert_array_equal(x, np.stack([x[0]] * 4)), over)
     start = train.init(LINEAR, optax.sgd(0.1), KEY, X).params
@@ -164,7 +161,7 @@ def test_the_value_function_is_the_objective_with_its_gradient(axis_name):
 def test_the_value_function_draws_the_dropout_of_the_step():
     model = nets.from_linen(nets.MLP(features=(16,), classes=1, dropout=0.5))
 
-    @_jit
+    @jax.jit
     def values(state):
         seen = {}
         train.make_step(model, lambda out, batch: out[:, 0] ** 2, descending(0.1, seen))(state, BATCH)
@@ -189,7 +186,7 @@ def test_a_line_search_on_compressed_leaves():
     model = nets.from_linen(nets.MLP(features=(4,), classes=1))
     stored = {"params": compress.quantize(model.init(KEY, X)["params"], where="**/kernel")}
     tx = optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(10))
-    step = _jit(train.make_step(model, lambda out, batch: (out[:, 0] - batch["y"]) ** 2, tx))
+    step = jax.jit(train.make_step(model, lambda out, batch: (out[:, 0] - batch["y"]) ** 2, tx))
     state, losses = train.init(model, tx, KEY, X, variables=stored), []
     for _ in range(3):
         state, metrics = step(state, BATCH)
@@ -200,7 +197,7 @@ def test_a_line_search_on_compressed_leaves():
 @pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.MultiSteps(tx, 1)], ids=["bare", "MultiSteps"])
 def test_a_plateau_is_seen_by_the_value(wrap):
     tx = wrap(optax.chain(optax.sgd(0.0), optax.contrib.reduce_on_plateau(factor=0.5, patience=2)))
-    step, state = _jit(train.make_step(LINEAR, squared, tx)), train.init(LINEAR, tx, KEY, X)
+    step, state = jax.jit(train.make_step(LINEAR, squared, tx)), train.init(LINEAR, tx, KEY, X)
     scales = []
     for _ in range(6):
         state, _ = step(state, BATCH)
