@@ -111,8 +111,8 @@ class Lab:
         """The model and the variables that are left, within the budget of multiplications."""
         from jaxopt_lab import surgery
 
-        budget = int(self.config.part * self.macs(self.model, variables))
-        model, small, _ = surgery.slim(self.model, variables, self.image, max_macs=budget, criterion=criterion)
+        budget = surgery.macs(part=self.config.part)
+        model, small, _ = surgery.slim(self.model, variables, self.image, budget=budget, criterion=criterion)
         return model, small
 
     def macs(self, model: Any, variables: Any) -> int:

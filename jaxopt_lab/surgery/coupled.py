@@ -2,18 +2,21 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxopt_lab.compress.lift import decompress
 from jaxopt_lab.core import tree
 from jaxopt_lab.core.coupling.walk import Walked, walk
-from jaxopt_lab.core.tracing.programs import Program, trace
-from jaxopt_lab.core.types import PyTree
+from jaxopt_lab.core.tracing.fingerprint import primitives
+from jaxopt_lab.core.tracing.levels import next_values
+from jaxopt_lab.core.tracing.programs import Program, arrays_of, trace
+from jaxopt_lab.core.types import PyTree, Where
 
-__all__ = ["Coupling", "Group", "Member", "Protected", "coupled_channels", "walked"]
+__all__ = ["Coupling", "Group", "Member", "Protected", "coupled_channels", "coupling_of", "walked"]
 
 
 class Member(NamedTuple):
@@ -91,7 +94,7 @@ class Coupling:
         return "\n".join(lines)
 
 
-def coupled_channels(apply: Callable[..., Any], params: PyTree, *example: Any) -> Coupling:
+def coupled_channels(apply: Callable[..., Any], params: PyTree, *example: Any, force: Where | None = None) -> Coupling:
     """The groups of parameter axes whose indices must be cut together, for any model.
 
     The traced program is the graph: nothing is known of layers. Every index of every axis gets a label; where an operation makes
@@ -109,9 +112,13 @@ def coupled_channels(apply: Callable[..., Any], params: PyTree, *example: Any) -
       params: any tree, running statistics and compressed leaves included; shapes will do.
       example: inputs, arrays or shapes. An output whose path ends as that of a parameter of the same shape does, in two names
         or more (the new running statistics of `model.apply`), is taken for its next value, and is not protected.
+      force: parameters (see `tree.select`) whose units may go though each of them counts for something, such as the experts that a
+        softmax or a `top_k` chooses among: the choice is then among those that are left.
 
     Raises:
-      NotImplementedError, TypeError: what tracing the function raises.
+      ValueError: nothing matches `force`.
+      Exception: what the function raises when it is traced, with a note of the shapes that it was given: inputs of another rank, or
+        shapes that depend on numbers.
 
     >>> params = {"a": {"kernel": np.ones((3, 8)), "bias": np.ones((1, 8))}, "b": {"kernel": np.ones((8, 2))}}
     >>> apply = lambda p, x: (x @ p["a"]["kernel"] + p["a"]["bias"]) @ p["b"]["kernel"]
@@ -126,36 +133,66 @@ def coupled_channels(apply: Callable[..., Any], params: PyTree, *example: Any) -
 
     Source: Fang et al., "DepGraph: towards any structural pruning", 2023 (for modules; here for any traced program).
     """
-    return _coupling(walked(apply, params, *example)[0])
+    forced = () if force is None else tuple(tree.selected(decompress(params), force))
+    return coupling_of(walked(apply, params, example, forced=forced)[0])
 
 
-def walked(apply: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> tuple[Walked, list[Any]]:
+def walked(
+    apply: Callable[..., Any],
+    params: PyTree,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    forced: Container[str] = (),
+) -> tuple[Walked, list[Any]]:
     """The labels of `apply(params, *args, **kwargs)`, and the arrays that its program takes, those of `params` first.
 
-    >>> found, inputs = walked(lambda p, x: x @ p["w"], {"w": np.ones((3, 2))}, np.ones((1, 3)))
+    Where sizes are symbols (`jax.export.symbolic_shape`), which no label can stand for, the labels are those of a call at numbers
+    instead, and the program is that at symbols: nothing along such an axis is ever cut.
+
+    Raises:
+      ValueError: at symbols the function is another program than at numbers.
+
+    >>> found, inputs = walked(lambda p, x: x @ p["w"], {"w": np.ones((3, 2))}, [np.ones((1, 3))])
     >>> list(found.params), len(inputs)
     (['w'], 2)
     """
-    program, inputs = trace(apply, decompress(params), *args, **kwargs)
-    return walk(program, _tied(program)), inputs
+    dense, kwargs = decompress(params), kwargs or {}
+    program, inputs = _traced(apply, dense, args, kwargs)
+    arrays, rebuilt = arrays_of((args, kwargs))
+    symbols = {size for array in arrays for size in array.shape if not isinstance(size, int)}
+    if not symbols:
+        return walk(program, next_values(program), forced), inputs
+    # Small, since a length may have a limit, and unlike each other and 1, which would be broadcast.
+    numbers = dict(zip(sorted(symbols, key=str), (2, 3, 5, 7, 11, 13, 17, 19), strict=False))
+    sized = [jax.ShapeDtypeStruct([numbers.get(size, size) for size in array.shape], array.dtype) for array in arrays]
+    other, _ = _traced(apply, dense, *rebuilt(sized))
+    if primitives(other.jaxpr) != primitives(program.jaxpr):
+        raise ValueError(
+            f"at sizes {', '.join(map(str, numbers))} the function is another program than at "
+            f"{', '.join(map(str, numbers.values()))}: call or export it at fixed sizes"
+        )
+    return walk(other, next_values(other), forced)._replace(program=program), inputs
 
 
-def _tied(program: Program) -> dict[int, int]:
-    """Outputs that are the next value of a parameter: those whose path ends as its does, and whose shape is the same."""
-    places = {path: k for k, path in enumerate(program.paths)}
-    tied = {}
-    for k, (name, out) in enumerate(zip(*tree.flatten(program.outputs)[:2], strict=True)):
-        parts = name.split("/")
-        # A single name may be the same by accident.
-        for start in range(len(parts) - 1):
-            own = places.get("/".join(parts[start:]))
-            if own is not None and program.jaxpr.in_avals[own].shape == out.shape:
-                tied[k] = own
-                break
-    return tied
+def _traced(apply: Callable[..., Any], params: PyTree, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Program, list[Any]]:
+    try:
+        return trace(apply, params, *args, **kwargs)
+    except Exception as error:
+        shapes = ", ".join(str(leaf.shape) for leaf in jax.tree.leaves((args, kwargs)) if hasattr(leaf, "shape"))
+        advice = "it takes other inputs, or does not read these parameters"
+        if isinstance(error, (jax.errors.JAXTypeError, jax.errors.JAXIndexError)):
+            advice = "what it does, or a shape, depends on numbers: use jnp.where, lax.cond or a mask of a fixed size instead"
+        error.add_note(f"while tracing the function on inputs of shapes {shapes or 'none'}: {advice}")
+        raise
 
 
-def _coupling(found: Walked) -> Coupling:
+def coupling_of(found: Walked) -> Coupling:
+    """The groups of a program that was walked.
+
+    >>> found, _ = walked(lambda p, x: x @ p["a"] @ p["b"], {"a": np.ones((3, 4)), "b": np.ones((4, 2))}, [np.ones((1, 3))])
+    >>> [group.name for group in coupling_of(found).groups]
+    ['a[1]']
+    """
     labels, rows = found.labels, []
     reasons = labels.reasons()
     protected: list[Protected] = []

@@ -1,6 +1,5 @@
 """Normalisation by running statistics, folded into the weights before it."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from jaxopt_lab.core.tracing.chains import find
 from jaxopt_lab.core.tracing.programs import trace
 from jaxopt_lab.core.tracing.substitution import substituted
 from jaxopt_lab.core.types import Array, PyTree, Where
+from jaxopt_lab.surgery.edits import GONE, Beside, by_path, edited, filled, keys, place_of_bias
 
 __all__ = ["Fold", "FoldPlan", "fold_batch_norm"]
 
@@ -112,8 +112,7 @@ def fold_batch_norm(
             "example, and check `where`"
         )
     values = coefficients(apply, dense, *example)
-    ways = dict(zip(names, (way for way, _ in jax.tree_util.tree_flatten_with_path(dense)[0]), strict=True))
-    folds, changed = [], dict(stored)
+    ways, folds, changed = keys(dense), [], dict(stored)
     for chain in chains:
         path = chain.site.path
         w, (scale, shift) = jnp.asarray(tree.latent(stored[path], path)), values[path]
@@ -121,9 +120,9 @@ def fold_batch_norm(
         bias, new = _place_of_shift(chain, [*names, *(fold.bias for fold in folds)], ways[path])
         dropped = tuple(own for own in chain.own if own != bias)
         folds.append(Fold(path, chain.weight_axis, chain.channels, bias, dropped, chain.formula))
-        changed |= dict.fromkeys(dropped, _GONE) | ({path: _Beside(leaf, shift)} if new else {path: leaf, bias: shift})
+        changed |= dict.fromkeys(dropped, GONE) | ({path: Beside(leaf, shift)} if new else {path: leaf, bias: shift})
     plan = FoldPlan(tuple(folds))
-    folded = _edited(jax.tree.unflatten(treedef, [changed[name] for name in names]))
+    folded = edited(jax.tree.unflatten(treedef, [changed[name] for name in names]))
     replaced = {path for fold in folds for path in (*fold.dropped, fold.bias)}
     dead = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in stored.items() if name in replaced}
     return _folded(apply, plan, treedef, names, dead), folded, plan
@@ -137,13 +136,8 @@ def _folded(
 
     @functools.wraps(apply, updated=())
     def folded_apply(folded: PyTree, *args: Any, **kwargs: Any) -> Any:
-        paths, leaves, _ = tree.flatten(folded)
-        if odd := sorted(expected ^ set(paths)):
-            raise ValueError(f"this is not the folded tree; first of {len(odd)} paths that it lacks or has too many: {odd[0]}")
-        own = dict(zip(paths, leaves, strict=True))
-        # What the chains read does not matter any more: they are replaced.
-        filled = [jnp.ones(dead[name].shape, dead[name].dtype) if name in dead else own[name] for name in names]
-        program, inputs = trace(apply, jax.tree.unflatten(treedef, filled), *args, **kwargs)
+        own = by_path(folded, expected, "folded")
+        program, inputs = trace(apply, filled(names, treedef, own, dead), *args, **kwargs)
         found = {chain.site.path: chain for chain in find(program)}
         chains = [_same(found.get(fold.weight), fold, {*fold.dropped, fold.bias} & dead.keys()) for fold in plan.folds]
         shifts = {fold.weight: own[fold.bias] for fold in plan.folds}
@@ -167,52 +161,13 @@ def _same(chain: Affine | None, fold: Fold, gone: set[str]) -> Affine:
     return chain
 
 
-# Where things go in the tree.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Beside:
-    """A weight, and what is to stand beside it; no tree, but a leaf."""
-
-    weight: Any
-    shift: Array
-
-
-_GONE = object()
-
-
 def _place_of_shift(chain: Affine, names: list[str], way: tuple[Any, ...]) -> tuple[str, bool]:
-    """The path of what is added, and whether it is a new entry; `way` are the keys that lead to the weight."""
+    """The path of what is added, and whether it is a new entry."""
     path = chain.site.path
-    bias = f"{path[: path.rfind('/') + 1]}bias"
-    if bias in chain.own:
-        return bias, False
-    # The box of an NNX variable is no part of its path.
-    key = way[-1] if path.count("/") + 1 >= len(way) else way[-2]
-    if isinstance(key, jax.tree_util.DictKey) and not any(name == bias or name.startswith(f"{bias}/") for name in names):
-        return bias, True
-    if added := [own for own in chain.own if own not in chain.scales]:
-        return added[-1], False
-    raise ValueError(
-        f"{path} has no place for a bias: {bias} cannot be made, and no other leaf becomes free; leave it out of `where`"
-    )
-
-
-def _edited(node: PyTree) -> PyTree:
-    """The tree without what is gone, and with what goes beside weights."""
-    if not isinstance(node, Mapping):
-        return jax.tree.map(_edited_leaf, node, is_leaf=lambda leaf: isinstance(leaf, Mapping) or tree.is_compressed(leaf))
-    entries, beside = {}, {}
-    for key, child in node.items():
-        held = jax.tree.leaves(child, is_leaf=tree.is_compressed)
-        if not held or any(leaf is not _GONE for leaf in held):
-            entries[key] = _edited(child)
-        if len(held) == 1 and isinstance(held[0], _Beside) and not isinstance(child, Mapping):
-            beside["bias"] = held[0].shift
-    return type(node)({**entries, **beside})
-
-
-def _edited_leaf(leaf: Any) -> Any:
-    if isinstance(leaf, Mapping):
-        return _edited(leaf)
-    return None if leaf is _GONE else leaf.weight if isinstance(leaf, _Beside) else leaf
+    place = place_of_bias(path, way, names, chain.own, [own for own in chain.own if own not in chain.scales])
+    if place is None:
+        raise ValueError(
+            f"{path} has no place for a bias: {path[: path.rfind('/') + 1]}bias cannot be made, and no other leaf becomes free; "
+            "leave it out of `where`"
+        )
+    return place

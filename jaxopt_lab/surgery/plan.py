@@ -1,10 +1,10 @@
-"""What is kept of every parameter: the plan of a surgery, and what can be done with it."""
+"""What is kept of every parameter, and what is copied: the plan of a surgery, and what can be done with it."""
 
 import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +17,48 @@ from jaxopt_lab.compress.lift import decompress
 from jaxopt_lab.core import tree
 from jaxopt_lab.core.coupling.primitives import taken
 from jaxopt_lab.core.coupling.values import kept
-from jaxopt_lab.core.coupling.walk import cut
+from jaxopt_lab.core.coupling.walk import Walked, cut
 from jaxopt_lab.core.files import write
-from jaxopt_lab.core.types import PyTree
+from jaxopt_lab.core.tracing.fingerprint import Fingerprint
+from jaxopt_lab.core.tracing.programs import arrays_of
+from jaxopt_lab.core.types import Array, PyTree
 from jaxopt_lab.prune.state import PackedMask, pack, unpack
 from jaxopt_lab.surgery.coupled import walked
 
-__all__ = ["Plan", "mask"]
+__all__ = ["Plan", "bound", "mask"]
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Which indices of every axis of every parameter are kept.
+    """Which indices of every axis of every parameter are kept, and which are copied.
 
     Attributes:
-      shapes: by path, of every parameter before.
-      kept: by path, for each axis the indices that stay, in order; parameters of which all stays are not among them.
+      shapes: by path, of every array in the tree before.
+      kept: by path, for each axis the indices that stay, in order, one that is copied as often as there are copies; parameters of
+        which all stays as it is are not among them.
+      shares: by path and axis, what each of those is multiplied by: where a product sums over copies, they share what one gave.
+      forced: paths of parameters whose units count for something and are cut all the same (`slim(force=...)`).
+      made_of: what the function was that the plan was made for; None where any will do that couples the parameters alike.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     kept: Mapping[str, tuple[np.ndarray, ...]]
+    shares: Mapping[str, Mapping[int, np.ndarray]] = dataclasses.field(default_factory=dict)
+    forced: tuple[str, ...] = ()
+    made_of: Fingerprint | None = None
 
     def __str__(self) -> str:
         rows = [f"{path}: {self.shapes[path]} -> {tuple(len(own) for own in axes)}" for path, axes in self.kept.items()]
         return "\n".join(rows) or "nothing is cut"
 
     def cut(self, params: PyTree) -> PyTree:
-        """The smaller tree.
+        """The smaller tree (or the larger one, of a plan that copies).
 
         Args:
           params: a tree of the paths and shapes that the plan was made for; or a subtree of it, such as the parameters without the
-            running statistics. Compressed leaves become dense.
+            running statistics. Compressed leaves become dense; what is no array stays.
 
         Raises:
           ValueError: a path is unknown, has another shape, or could be of several subtrees.
@@ -58,11 +67,7 @@ class Plan:
         >>> plan.cut({"w": np.arange(6.0).reshape(3, 2)})["w"].tolist()
         [[0.0, 1.0], [4.0, 5.0]]
         """
-        names, leaves, treedef = tree.flatten(decompress(params))
-        paths = self._checked(names, leaves, self.shapes.__getitem__)
-        # One program, and not one for each shape.
-        small = jax.jit(lambda leaves: [taken(leaf, self._axes(path)) for path, leaf in zip(paths, leaves, strict=True)])
-        return jax.tree.unflatten(treedef, small(leaves))
+        return self._each(decompress(params), self.shapes.__getitem__, self._part)
 
     def scatter(self, small: PyTree) -> PyTree:
         """The tree at full size again, with zeros where it was cut.
@@ -70,16 +75,20 @@ class Plan:
         Args:
           small: a tree as `cut` gives it.
 
+        Raises:
+          ValueError: as `cut`; or the plan copies units, of which there is no single one any more.
+
         >>> plan = Plan({"w": (3,)}, {"w": (np.array([0, 2]),)})
         >>> plan.scatter({"w": np.array([1.0, 2.0])})["w"].tolist()
         [1.0, 0.0, 2.0]
         """
-        names, leaves, treedef = tree.flatten(small)
-        paths = self._checked(names, leaves, self._small)
-        full = jax.jit(lambda leaves: [self._full(path, leaf) for path, leaf in zip(paths, leaves, strict=True)])
-        return jax.tree.unflatten(treedef, full(leaves))
+        for path, axes in self.kept.items():
+            for axis, own in enumerate(axes):
+                if len(np.unique(own)) < len(own):
+                    raise ValueError(f"{path}[{axis}]: the plan copies units, and from several copies there is no way back to one")
+        return self._each(small, self._small, self._full)
 
-    def bind(self, apply: Callable[..., Any]) -> Callable[..., Any]:
+    def bind(self, apply: Callable[..., Any], *, same: bool = True) -> Callable[..., Any]:
         """The function of the smaller tree: `plan.bind(apply)(plan.cut(params), *args)` is `apply(mask(params, plan), *args)`.
 
         A mean over units, as a normalisation (LayerNorm) takes it, is of those that are left: there the two differ.
@@ -88,26 +97,39 @@ class Plan:
         the same parameters will do, so `plan.bind(model.apply)` trains what `slim(model.predict, ...)` cut; an output that is a
         parameter's next value comes out cut as well.
 
+        Args:
+          apply: the function, of the tree at full size.
+          same: whether, in a call of the kind that the plan was made with, it has to be the same program, and not just to couple
+            the parameters alike. By another version of JAX it may be written otherwise, and nothing is compared.
+
         Raises:
-          ValueError: in a call, when the plan tears apart what this function couples, or the tree is not the cut one.
+          ValueError: in a call, when the plan tears apart what this function couples, when it is not the function that the plan
+            was made for, or the tree is not the cut one.
         """
+        unseen = [self.made_of] if same and self.made_of is not None else []
 
         @functools.wraps(apply, updated=())
         def small_apply(small: PyTree, *args: Any, **kwargs: Any) -> Any:
-            names, leaves, treedef = tree.flatten(decompress(small))
+            small = decompress(small)
+            names, (arrays, rebuilt) = _names(small), arrays_of(small)
             if set(names) != set(self.shapes):
                 odd = sorted(set(names) ^ set(self.shapes))
                 raise ValueError(f"the plan is for other parameters; first of {len(odd)} paths: {odd[0]}")
-            for name, leaf in zip(names, leaves, strict=True):
-                if jnp.shape(leaf) != self._small(name):
+            for name, array in zip(names, arrays, strict=True):
+                if array.shape != (own := self._small(name)):
+                    raise ValueError(f"{name} has shape {array.shape}, and {own} is kept of it: pass plan.cut(params)")
+            shapes = [self.shapes[name] for name in names]
+            full = rebuilt([jax.ShapeDtypeStruct(shape, array.dtype) for shape, array in zip(shapes, arrays, strict=True)])
+            found, inputs = walked(apply, full, args, kwargs, self.forced)
+            copies = self.copies(found)
+            if unseen and unseen[0].meets(full, *args, **kwargs):
+                if unseen[0].differs(apply, full, *args, **kwargs):
                     raise ValueError(
-                        f"{name} has shape {jnp.shape(leaf)}, and {self._small(name)} is kept of it: pass plan.cut(params)"
+                        f"{getattr(apply, '__qualname__', apply)} is not the function that the plan was made for: at the shapes of "
+                        "that time it is another program. Bind the original, or bind(apply, same=False) if the change is meant"
                     )
-            shapes = [
-                jax.ShapeDtypeStruct(self.shapes[name], jnp.result_type(leaf)) for name, leaf in zip(names, leaves, strict=True)
-            ]
-            found, inputs = walked(apply, jax.tree.unflatten(treedef, shapes), *args, **kwargs)
-            out = cut(found, self._keep(found), [*leaves, *inputs[len(leaves) :]])
+                unseen.clear()
+            out = cut(found, copies, [*arrays, *inputs[len(arrays) :]])
             return jax.tree.unflatten(jax.tree.structure(found.program.outputs), out)
 
         return small_apply
@@ -116,9 +138,9 @@ class Plan:
         """The state of an optimiser, cut like its parameters.
 
         Arrays are found by their path, which ends as that of their parameter does (numbers after it aside), and by their shape: the
-        parameter's own (moments, masks, averages); its own with some axes of length 1 (the accumulators of sm3), or without one
-        axis (the factors of adafactor). Packed masks are unpacked and packed again. What is none of these and does not fit any
-        more begins anew.
+        parameter's own (moments, masks, averages), behind further axes if need be (the memory of L-BFGS); its own with some axes of
+        length 1 (the accumulators of sm3), or without one axis (the factors of adafactor). Packed masks are unpacked and packed
+        again. What is none of these and does not fit any more begins anew. Copies have the moments of what they are copies of.
 
         Args:
           tx: the optimiser; its `init` on the smaller parameters says what the state looks like.
@@ -137,18 +159,24 @@ class Plan:
         def loose(state: PyTree) -> PyTree:
             return jax.tree.map(unpack, state, is_leaf=_is_packed)
 
-        seen = tree.paths(params)
+        seen, dense, _ = tree.flatten(params)
         places = dict(zip(seen, self._paths(seen), strict=True))
+        values = {places[name]: leaf for name, leaf in zip(seen, dense, strict=True)}
         names, old, treedef = tree.flatten(loose(state))
         _, new, expected = tree.flatten(loose(tx.init(self.cut(params))))
         if treedef != expected:
             raise ValueError("the state is not one of this optimiser on these parameters: their structures differ")
+        first = tree.flatten(loose(tx.init(params)))[1] if self.shares else old
         out, begun = [], []
         packed = [_is_packed(leaf) for leaf in jax.tree.leaves(state, is_leaf=_is_packed)]
-        for name, before, after, whole in zip(names, old, new, packed, strict=True):
-            own = self._of_state(_of_parameter(name, places), jnp.shape(before), jnp.shape(after))
+        for name, before, after, begin, whole in zip(names, old, new, first, packed, strict=True):
+            path = _of_parameter(name, places)
+            own = self._of_state(path, jnp.shape(before), jnp.shape(after))
             begun += [name] if own is None else []
             smaller = after if own is None else taken(before, own)
+            # An average of the parameters, which begins as they do, is shared by copies as they are.
+            if path in self.shares and jnp.shape(before) == self.shapes[path] and np.array_equal(begin, values[path]):
+                smaller = self._shared(path, smaller)
             out.append(pack(smaller) if whole else smaller)
         return jax.tree.unflatten(treedef, out), tuple(begun)
 
@@ -168,7 +196,14 @@ class Plan:
             path: tuple(a[b] for a, b in zip(self._axes(path), other._axes(path), strict=True))
             for path in {**self.kept, **other.kept}
         }
-        return Plan(self.shapes, chained)
+        shares: dict[str, dict[int, np.ndarray]] = {}
+        for path in {**self.shares, **other.shares}:
+            mine, theirs = self.shares.get(path, {}), other.shares.get(path, {})
+            for axis in {**mine, **theirs}:
+                chosen = other._axes(path)[axis]
+                shares.setdefault(path, {})[axis] = mine.get(axis, np.ones(self._small(path)[axis]))[chosen] * theirs.get(axis, 1.0)
+        forced = tuple(dict.fromkeys((*self.forced, *other.forced)))
+        return Plan(self.shapes, chained, shares, forced, self.made_of)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the plan as JSON, whole or not at all."""
@@ -176,6 +211,9 @@ class Plan:
             "format": _FORMAT,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "kept": {name: [own.tolist() for own in axes] for name, axes in self.kept.items()},
+            "shares": {name: {str(axis): own.tolist() for axis, own in axes.items()} for name, axes in self.shares.items()},
+            "forced": list(self.forced),
+            "made_of": None if self.made_of is None else dataclasses.asdict(self.made_of),
         }
         write(path, json.dumps(whole).encode())
 
@@ -200,15 +238,44 @@ class Plan:
             shapes = {str(name): tuple(map(int, shape)) for name, shape in whole["shapes"].items()}
             kept = {str(name): tuple(np.array(own, np.int64) for own in axes) for name, axes in whole["kept"].items()}
             for name, axes in kept.items():
-                sound = len(axes) == len(shapes[name]) and all(
-                    own.ndim == 1 and (np.diff(own) > 0).all() and (own >= 0).all() and (own < n).all()
-                    for own, n in zip(axes, shapes[name], strict=True)
-                )
-                if not sound:
+                if len(axes) != len(shapes[name]) or not all(map(_is_part, axes, shapes[name])):
                     raise ValueError(f"what is kept of {name} is no part of {shapes[name]}")
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            shares = {
+                str(name): {int(axis): np.array(own, np.float64) for axis, own in axes.items()}
+                for name, axes in whole["shares"].items()
+            }
+            for name, axes in shares.items():
+                for axis, own in axes.items():
+                    if own.shape != kept[name][axis].shape:
+                        raise ValueError(f"there are {own.size} shares of {name}[{axis}] for {kept[name][axis].size} indices")
+            made_of = None if whole["made_of"] is None else _fingerprint(whole["made_of"])
+            return cls(shapes, kept, shares, tuple(map(str, whole["forced"])), made_of)
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is no plan: {error}") from error
-        return cls(shapes, kept)
+
+    def copies(self, found: Walked) -> np.ndarray:
+        """For every label of a program that was walked how many there are of it, as `coupling.walk.cut` takes them.
+
+        Raises:
+          ValueError: the plan tears apart what this program couples.
+        """
+        labels, copies = found.labels, np.ones(len(found.labels), np.int64)
+        for path, axes in self.kept.items():
+            for axis, own in enumerate(axes):
+                of_axis, counts = found.params[path].labels(axis), np.bincount(own, minlength=self.shapes[path][axis])
+                held = np.flatnonzero(labels.is_fixed(of_axis) & (counts != 1))
+                if held.size:
+                    done, why = "copied" if counts[held[0]] else "cut", labels.reason(of_axis[held[0]])
+                    raise ValueError(f"{path}[{axis}]: index {held[0]} was {done}, and in this function it cannot be: {why}")
+                copies[labels.root(of_axis[counts != 1])] = counts[counts != 1]
+        for path, value in found.params.items():
+            for axis, (left, own) in enumerate(zip(kept(labels, copies, value), self._axes(path), strict=True)):
+                if not np.array_equal(left, own):
+                    raise ValueError(
+                        f"{path}[{axis}]: the plan keeps {len(own)} of {self.shapes[path][axis]} indices, but they are coupled to "
+                        f"others of which {len(left)} are kept in this function: it is not the one that the plan was made for"
+                    )
+        return copies
 
     def _axes(self, path: str) -> tuple[np.ndarray, ...]:
         return self.kept.get(path) or tuple(np.arange(n) for n in self.shapes[path])
@@ -216,7 +283,7 @@ class Plan:
     def _small(self, path: str) -> tuple[int, ...]:
         return tuple(len(own) for own in self._axes(path))
 
-    def _paths(self, names: list[str]) -> list[str]:
+    def _paths(self, names: Sequence[str]) -> list[str]:
         """The paths in the plan of the leaves of a tree: the whole one, or a subtree, whose paths all lack the same beginning."""
         begins = {path[: len(path) - len(names[0])] for path in self.shapes if path.endswith(f"/{names[0]}")} if names else set()
         fitting = [begin for begin in ("", *sorted(begins)) if all(begin + name in self.shapes for name in names)]
@@ -227,48 +294,40 @@ class Plan:
             raise ValueError(f"{names[0]} may be {' or '.join(begin + names[0] for begin in fitting)}: pass the whole tree")
         return [fitting[0] + name for name in names]
 
-    def _checked(self, names: list[str], leaves: list[Any], shape_of: Callable[[str], tuple[int, ...]]) -> list[str]:
-        """The paths in the plan of leaves whose shapes have to be those of it."""
+    def _each(self, params: PyTree, shape_of: Callable[[str], tuple[int, ...]], change: Callable[[str, Any], Any]) -> PyTree:
+        """The tree with `change(path, array)` for each of its arrays, whose shapes have to be those that the plan says."""
+        names, (arrays, rebuilt) = _names(params), arrays_of(params)
         paths = self._paths(names)
-        for name, path, leaf in zip(names, paths, leaves, strict=True):
-            if jnp.shape(leaf) != shape_of(path):
-                raise ValueError(f"{name} has shape {jnp.shape(leaf)}, and the plan is for {shape_of(path)}")
-        return paths
+        for name, path, array in zip(names, paths, arrays, strict=True):
+            if tuple(array.shape) != shape_of(path):
+                raise ValueError(f"{name} has shape {tuple(array.shape)}, and the plan is for {shape_of(path)}")
+        # One program, and not one for each shape.
+        return rebuilt(jax.jit(lambda arrays: [change(path, array) for path, array in zip(paths, arrays, strict=True)])(arrays))
 
-    def _full(self, path: str, leaf: Any) -> Any:
+    def _part(self, path: str, array: Array) -> Array:
+        return self._shared(path, taken(array, self._axes(path)))
+
+    def _shared(self, path: str, array: Array) -> Array:
+        for axis, own in self.shares.get(path, {}).items():
+            array = array * jnp.asarray(own, array.dtype).reshape([-1 if k == axis else 1 for k in range(array.ndim)])
+        return array
+
+    def _full(self, path: str, array: Array) -> Array:
         if path not in self.kept:
-            return leaf
-        return jnp.zeros(self.shapes[path], jnp.result_type(leaf)).at[np.ix_(*self._axes(path))].set(leaf)
-
-    def _keep(self, found: Any) -> np.ndarray:
-        """For every label of a walk whether it is kept."""
-        labels, keep = found.labels, np.ones(len(found.labels), bool)
-        for path, axes in self.kept.items():
-            for axis, own in enumerate(axes):
-                gone = np.setdiff1d(np.arange(self.shapes[path][axis]), own)
-                of_axis = found.params[path].labels(axis)
-                if (held := gone[labels.is_fixed(of_axis[gone])]).size:
-                    why = labels.reason(of_axis[held[0]])
-                    raise ValueError(f"{path}[{axis}]: index {held[0]} was cut, and in this function it cannot be: {why}")
-                keep[labels.root(of_axis[gone])] = False
-        for path, value in found.params.items():
-            for axis, (left, own) in enumerate(zip(kept(labels, keep, value), self._axes(path), strict=True)):
-                if not np.array_equal(left, own):
-                    raise ValueError(
-                        f"{path}[{axis}]: the plan keeps {len(own)} of {self.shapes[path][axis]} indices, but they are coupled to "
-                        f"others of which {len(left)} are kept in this function: it is not the one that the plan was made for"
-                    )
-        return keep
+            return array
+        return jnp.zeros(self.shapes[path], array.dtype).at[np.ix_(*self._axes(path))].set(array)
 
     def _of_state(self, path: str | None, before: tuple[int, ...], after: tuple[int, ...]) -> list[np.ndarray] | None:
         """What is kept of an array in an optimiser's state, for each of its axes; None where that cannot be told."""
-        if before == after:
-            return [np.arange(n) for n in before]
         if path is None:
-            return None
+            return [np.arange(n) for n in before] if before == after else None
         shape, axes = self.shapes[path], self._axes(path)
-        if len(before) == len(shape) and all(n in (1, m) for n, m in zip(before, shape, strict=True)):
-            own = [left if n == m else np.arange(1) for n, m, left in zip(before, shape, axes, strict=True)]
+        further = len(before) - len(shape)
+        if further >= 0 and all(n in (1, m) for n, m in zip(before[further:], shape, strict=True)):
+            own = [left if n == m else np.arange(1) for n, m, left in zip(before[further:], shape, axes, strict=True)]
+            own = [*(np.arange(n) for n in before[:further]), *own]
+        elif before == after:
+            own = [np.arange(n) for n in before]
         else:
             without = [k for k in range(len(shape)) if shape[:k] + shape[k + 1 :] == before]
             fitting = [[*axes[:k], *axes[k + 1 :]] for k in without]
@@ -281,6 +340,20 @@ class Plan:
 
 def _is_packed(node: Any) -> bool:
     return isinstance(node, PackedMask)
+
+
+def _is_part(own: np.ndarray, n: int) -> bool:
+    return own.ndim == 1 and own.size > 0 and own.min() >= 0 and own.max() < n
+
+
+def _fingerprint(held: Mapping[str, Any]) -> Fingerprint:
+    return Fingerprint(held["jax"], held["signature"], tuple(tuple(map(int, shape)) for shape in held["shapes"]), held["program"])
+
+
+def _names(params: PyTree) -> list[str]:
+    """The paths of the arrays in a tree."""
+    names, leaves, _ = tree.flatten(params)
+    return [name for name, leaf in zip(names, leaves, strict=True) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
 
 
 def _of_parameter(name: str, places: Mapping[str, str]) -> str | None:
@@ -306,3 +379,19 @@ def mask(params: PyTree, plan: Plan) -> PyTree:
     [1.0, 0.0, 1.0]
     """
     return plan.scatter(plan.cut(params))
+
+
+def bound(apply: Any, plan: Plan) -> Any:
+    """The function, or the `nets.Model`, of the smaller tree, whose plan was made for just that.
+
+    >>> plan = Plan({"w": (3,)}, {"w": (np.array([0, 2]),)})
+    >>> bound(lambda p, x: x * jnp.sum(p["w"]), plan)({"w": jnp.ones(2)}, 1.0)
+    Array(2., dtype=float32)
+    """
+    if not hasattr(apply, "predict"):
+        return plan.bind(apply, same=False)
+    return apply._replace(
+        init=lambda *args, **kwargs: plan.cut(apply.init(*args, **kwargs)),
+        apply=plan.bind(apply.apply, same=False),
+        predict=plan.bind(apply.predict, same=False),
+    )

@@ -1,7 +1,5 @@
 """Channelwise chains behind products: what they are made of by hand, where they must end, and their coefficients by numpy."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,8 +10,6 @@ from jax import lax
 
 from jaxopt_lab.core import tracing
 from jaxopt_lab.core.tracing import affine, coefficients, programs
-
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
 
 _X = jnp.linspace(-1.0, 1.0, 15).reshape(5, 3)
 _IMAGE = jnp.linspace(-1.0, 1.0, 2 * 5 * 5 * 3).reshape(2, 5, 5, 3)
@@ -185,7 +181,7 @@ def test_batch_norm_of_linen_by_numpy(name):
     variables = jax.tree.map(lambda s: jax.random.uniform(jax.random.key(len(s.shape)), s.shape, minval=0.5), shapes)
     (chain,) = affine(model.apply, variables, _IMAGE)
     assert (chain.weight_axis, chain.axis) == (axis, 3)
-    scale, shift = _jit(lambda v: coefficients(model.apply, v, _IMAGE))(variables)["params/layer/kernel"]
+    scale, shift = jax.jit(lambda v: coefficients(model.apply, v, _IMAGE))(variables)["params/layer/kernel"]
     mean, var = (np.asarray(variables["batch_stats"]["BatchNorm_0"][name], np.float64) for name in ("mean", "var"))
     gamma, beta = (np.asarray(variables["params"]["BatchNorm_0"][name], np.float64) for name in ("scale", "bias"))
     bias = np.asarray(variables["params"]["layer"].get("bias", 0.0), np.float64)
@@ -215,12 +211,12 @@ def test_coefficients_are_differentiable_and_batched():
         return _norm(p, x @ p["kernel"])
 
     params = _params()
-    grads = _jit(jax.grad(lambda p: coefficients(apply, p, _X)["kernel"].scale.sum()))(params)
+    grads = jax.jit(jax.grad(lambda p: coefficients(apply, p, _X)["kernel"].scale.sum()))(params)
     np.testing.assert_allclose(grads["scale"], 1 / np.sqrt(np.asarray(params["var"]) + 1e-3), rtol=1e-6)
     np.testing.assert_allclose(grads["var"], -0.5 * params["scale"] * (params["var"] + 1e-3) ** -1.5, rtol=1e-5)
     assert not np.any(grads["kernel"])
     several = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), params)
-    shifts = _jit(jax.vmap(lambda p: coefficients(apply, p, _X)["kernel"].shift))(several)
+    shifts = jax.jit(jax.vmap(lambda p: coefficients(apply, p, _X)["kernel"].shift))(several)
     np.testing.assert_allclose(shifts[0], coefficients(apply, params, _X)["kernel"].shift, rtol=1e-6)
 
 

@@ -10,7 +10,8 @@ __all__ = ["Labels"]
 class Labels:
     """Labels are whole numbers; those that were united are kept or cut together, and those that are fixed are never cut.
 
-    Some are owned: they stand for an index of a parameter. The others are copies, such as a broadcast makes.
+    Some are owned: they stand for an index of a parameter. The others are copies, such as a broadcast makes. Some are forced: what
+    would be another number without them (a maximum, a sum to which zeros add, a count) is then of those that are left.
 
     It grows while a program is walked; nothing of it outlives that.
 
@@ -24,8 +25,8 @@ class Labels:
 
     def __init__(self):
         self._parent = np.arange(1024)
-        self._fixed = np.zeros(1024, bool)
-        self._owned = np.zeros(1024, bool)
+        # By root: never cut; never cut unless forced; of a parameter; forced.
+        self._fixed, self._counted, self._owned, self._forced = (np.zeros(1024, bool) for _ in range(4))
         self._count = 0
         self._reasons: list[tuple[np.ndarray, str]] = []
         self._suspected: list[tuple[tuple[np.ndarray, ...], str]] = []
@@ -35,7 +36,9 @@ class Labels:
         n = int(np.prod(shape, dtype=np.int64))
         while self._count + n > len(self._parent):
             self._parent = np.concatenate([self._parent, np.arange(len(self._parent), 2 * len(self._parent))])
-            self._fixed, self._owned = (np.concatenate([flags, np.zeros_like(flags)]) for flags in (self._fixed, self._owned))
+            self._fixed, self._counted, self._owned, self._forced = (
+                np.concatenate([flags, np.zeros_like(flags)]) for flags in (self._fixed, self._counted, self._owned, self._forced)
+            )
         first, self._count = self._count, self._count + n
         return np.arange(first, self._count).reshape(shape)
 
@@ -60,14 +63,21 @@ class Labels:
             low, high = np.minimum(a, b), np.maximum(a, b)
             # Where several lows meet one high, the least wins, and the others come round again.
             np.minimum.at(self._parent, high, low)
-        for flags in (self._fixed, self._owned):
+        for flags in (self._fixed, self._counted, self._owned, self._forced):
             np.logical_or.at(flags, self.root(met), flags[met])
 
-    def fix(self, labels: np.ndarray, reason: str) -> None:
-        """Labels are never cut; a reason that was given before stands."""
+    def fix(self, labels: np.ndarray, reason: str, *, counted: bool = False) -> None:
+        """Labels are never cut, or where each of them counts for something, not unless they are forced.
+
+        A reason that was given before stands.
+        """
         roots = np.unique(self.root(labels))
-        self._fixed[roots] = True
+        (self._counted if counted else self._fixed)[roots] = True
         self._reasons.append((roots, reason))
+
+    def force(self, labels: np.ndarray) -> None:
+        """Labels are cut though each of them counts for something."""
+        self._forced[self.root(labels)] = True
 
     def own(self, labels: np.ndarray) -> None:
         """Labels stand for indices of a parameter."""
@@ -89,12 +99,13 @@ class Labels:
         """Fixes what is still suspected."""
         for summed, reason in self._suspected:
             for own in summed:
-                self.fix(own, reason)
+                self.fix(own, reason, counted=True)
         self._suspected = []
 
     def is_fixed(self, labels: np.ndarray) -> np.ndarray:
         """Which labels are never cut."""
-        return self._fixed[self.root(labels)]
+        roots = self.root(labels)
+        return self._fixed[roots] | (self._counted[roots] & ~self._forced[roots])
 
     def reason(self, label: int) -> str:
         """Why a label is fixed: the first reason that was given for any of those that are one with it."""

@@ -36,8 +36,19 @@ class Cut(NamedTuple):
     kept: Callable[[Value], list[np.ndarray]]
 
     def shape(self, k: int = 0) -> tuple[int, ...]:
-        """The shape of the k-th result."""
-        return tuple(len(indices) for indices in self.kept(self.made[k]))
+        """The shape of the k-th result: sizes that stay may be those of another call than the labels are of."""
+        sizes = zip(self.kept(self.made[k]), self.made[k].shape, self.eqn.outvars[k].aval.shape, strict=True)
+        return tuple(size if len(left) == whole else len(left) for left, whole, size in sizes)
+
+    @property
+    def touched(self) -> bool:
+        """Whether any index of an operand or of a result is cut or copied, or any over which an operand is a sum."""
+        terms = [term for value in self.given for term in value.terms]
+        return any(
+            not np.array_equal(left, np.arange(n))
+            for value in (*self.given, *self.made, *terms)
+            for left, n in zip(self.kept(value), value.shape, strict=True)
+        )
 
     def bind(self, *arrays: Any, **changed: Any) -> list[Any]:
         """The operation with some of its parameters changed."""
@@ -70,10 +81,16 @@ def _elementwise(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
     spread = [_spread(labels, value, shape) for value in given if len(value.shape) == len(shape)]
     if not spread:
         return [fresh(labels, shape)] * len(eqn.outvars)
-    # Nothing but a cast leaves a sum what it was.
-    summed = spread[0].summed if eqn.primitive.name in _CASTS and len(spread) == 1 else ()
+    if eqn.primitive.name == "eq" and all(value.numbers is not None for value in given):
+        # What chose among entries, and what counts them: the same entries.
+        a, b = (value.numbers for value in given)
+        if a.shape == b.shape:
+            labels.unite(a, b)
+    # Nothing but a cast leaves a sum, or an index, what it was.
+    cast = eqn.primitive.name in _CASTS and len(spread) == 1
     value = spread[0] if len(spread) == 1 else united(labels, spread)
-    return [dataclasses.replace(value, summed=summed, zero=_is_zero(eqn, given))] * len(eqn.outvars)
+    kept = {"summed": value.summed, "numbers": value.numbers} if cast else {"summed": (), "numbers": None}
+    return [dataclasses.replace(value, zero=_is_zero(eqn, given), **kept)] * len(eqn.outvars)
 
 
 _CASTS = ("convert_element_type", "copy", "copy_p", "stop_gradient", "reduce_precision", "sharding_constraint")
@@ -135,7 +152,7 @@ def _spread(labels: Labels, value: Value, shape: tuple[int, ...]) -> Value:
         if copied:
             single(labels, own)
         fields.append(Field(axes, labels.fresh(shape[axes[0]]) if copied else own))
-    return Value(shape, tuple(fields), (), value.zero)
+    return Value(shape, tuple(fields), (), value.zero, value.numbers)
 
 
 def _reinterpreted(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
@@ -168,8 +185,7 @@ def _scaled(by: Callable[[int], float]) -> Primitive:
     def run(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
         if not is_mean(cut.eqn, cut.given):
             return cut.bind(*arrays)
-        terms = [Value((len(own),), (Field((0,), own),)) for own in cut.given[0].summed]
-        left = math.prod(len(cut.kept(value)[0]) for value in terms)
+        left = math.prod(len(cut.kept(term)[0]) for term in cut.given[0].terms)
         return cut.bind(arrays[0], np.asarray(by(max(left, 1)), jnp.result_type(arrays[1])))
 
     return Primitive(label, run)
@@ -188,7 +204,7 @@ def _broadcast(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
     places = {a: b for a, b in enumerate(into) if a not in spread}
     fields = [Field(tuple(places[a] for a in axes), own) for axes, own in value.fields if axes[0] in places]
     fields += [Field((b,), labels.fresh(shape[b])) for b in range(len(shape)) if b not in places.values()]
-    return [Value(shape, tuple(sorted(fields, key=lambda field: field.axes)), value.summed, value.zero)]
+    return [Value(shape, tuple(sorted(fields, key=lambda field: field.axes)), value.summed, value.zero, value.numbers)]
 
 
 def _reshape(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
@@ -204,7 +220,7 @@ def _squeeze(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
     left = [a for a in range(len(value.shape)) if a not in eqn.params["dimensions"]]
     for a in eqn.params["dimensions"]:
         single(labels, value.field(a).labels)
-    return [dataclasses.replace(_without(labels, value, left, _shape(eqn)), summed=value.summed)]
+    return [dataclasses.replace(_without(labels, value, left, _shape(eqn)), summed=value.summed, numbers=value.numbers)]
 
 
 def _without(labels: Labels, value: Value, left: Sequence[int], shape: tuple[int, ...]) -> Value:
@@ -230,8 +246,8 @@ def _rev(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
 def _iota(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
     del given
     out = fresh(labels, _shape(eqn))
-    fixed(labels, out, "its indices are counted", [eqn.params["dimension"]])
-    return [out]
+    fixed(labels, out, "its indices are counted", [eqn.params["dimension"]], counted=True)
+    return [dataclasses.replace(out, numbers=out.labels(eqn.params["dimension"]))]
 
 
 def _run_iota(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
@@ -253,7 +269,9 @@ def taken(array: Any, indices: Sequence[np.ndarray]) -> Any:
         if len(own) and np.array_equal(own, np.arange(own[0], own[0] + len(own))):
             array = lax.slice_in_dim(array, int(own[0]), int(own[-1]) + 1, axis=axis)
         else:
-            array = jnp.take(array, own, axis=axis, unique_indices=True, indices_are_sorted=bool((np.diff(own) > 0).all()))
+            steps = np.diff(own)
+            unique = len(np.unique(own)) == len(own)
+            array = jnp.take(array, own, axis=axis, unique_indices=unique, indices_are_sorted=bool((steps >= 0).all()))
     return array
 
 
@@ -270,7 +288,7 @@ def _slice(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
     for axes, own in value.fields:
         cut = own[tuple(parts[a] for a in axes)]
         fields.append(Field(axes, cut))
-    return [tidy(labels, Value(_shape(eqn), tuple(fields), (), value.zero))]
+    return [tidy(labels, Value(_shape(eqn), tuple(fields), (), value.zero, value.numbers))]
 
 
 def _run_by_indices(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
@@ -279,7 +297,12 @@ def _run_by_indices(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
     left, out = cut.kept(cut.given[0]), cut.kept(cut.made[0])
     own = []
     for axis, (start, stride) in enumerate(zip(starts, strides or [1] * len(starts), strict=True)):
-        own.append(np.searchsorted(left[axis], start + stride * out[axis]))
+        wanted = start + stride * out[axis]
+        # Of several copies the first is the first, and so on.
+        order, again = np.argsort(left[axis], kind="stable"), np.argsort(wanted, kind="stable")
+        ranks = np.searchsorted(left[axis][order], wanted[again]) + np.arange(len(wanted))
+        ranks -= np.searchsorted(wanted[again], wanted[again])
+        own.append(order[ranks][np.argsort(again, kind="stable")])
     del limits
     return [taken(arrays[0], own)]
 
@@ -294,7 +317,7 @@ def _split(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
         for axes, own in value.fields:
             part = own.take(range(ends[k], ends[k + 1]), axis=axes.index(axis)) if axis in axes else own
             fields.append(Field(axes, part))
-        outs.append(tidy(labels, Value(_shape(eqn, k), tuple(fields), (), value.zero)))
+        outs.append(tidy(labels, Value(_shape(eqn, k), tuple(fields), (), value.zero, value.numbers)))
     return outs
 
 
@@ -405,7 +428,7 @@ def _dynamic_update_slice(labels: Labels, eqn: Any, given: list[Value]) -> list[
         if a not in parted:
             labels.unite(whole.labels(a), part.labels(a))
     del eqn
-    return [dataclasses.replace(whole, summed=(), zero=whole.zero and part.zero)]
+    return [dataclasses.replace(whole, summed=(), zero=whole.zero and part.zero, numbers=None)]
 
 
 # Sums.
@@ -418,7 +441,7 @@ def _reduced(understood: bool) -> Callable[[Labels, Any, list[Value]], list[Valu
         for k, value in enumerate(given[: len(eqn.outvars)]):
             own = separated(labels, value, axes, inner=True)
             if not understood:
-                fixed(labels, own, f"{eqn.primitive.name} over it would be another", axes)
+                fixed(labels, own, f"{eqn.primitive.name} over it would be another", axes, counted=True)
             left = [a for a in range(len(value.shape)) if a not in axes]
             summed = (*value.summed, *(own.labels(a) for a in axes)) if understood else ()
             if understood and not value.zero:
@@ -459,6 +482,33 @@ def _window(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
         fixed(labels, out, "a window moved along it", moved)
         outs.append(out)
     return outs
+
+
+def _run_chosen(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
+    """The number of an entry is the one that it had among all."""
+    out = cut.bind(*arrays)
+    (axis,) = cut.eqn.params.get("axes") or (len(cut.given[0].shape) - 1,)
+    left = cut.kept(cut.given[0])[axis]
+    whole = len(left) == cut.given[0].shape[axis]
+    return out if whole else [*out[:-1], jnp.asarray(left, out[-1].dtype)[out[-1]]]
+
+
+def _top_k(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
+    last = len(given[0].shape) - 1
+    value = separated(labels, given[0], [last])
+    fixed(labels, value, "top_k over it would be another", [last], counted=True)
+    chosen = labels.fresh(_shape(eqn)[last])
+    labels.fix(chosen, "top_k chose it")
+    fields = [field for field in value.fields if field.axes != (last,)]
+    best = Value(_shape(eqn), (*fields, Field((last,), chosen)))
+    return [best, dataclasses.replace(best, numbers=value.labels(last))]
+
+
+def _chosen(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
+    (axis,) = eqn.params["axes"]
+    (out,) = _reduced(understood=False)(labels, eqn, given)
+    own = separated(labels, given[0], [axis], inner=True)
+    return [dataclasses.replace(out, numbers=own.labels(axis))]
 
 
 # Products.
@@ -518,7 +568,11 @@ def _convolution(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
 def _run_convolution(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
     (lhs, rhs, _), groups = cut.eqn.params["dimension_numbers"], cut.eqn.params["feature_group_count"]
     if groups > 1 and cut.given[1].shape[rhs[1]] == 1:
-        groups = len(cut.kept(cut.given[0])[lhs[1]])
+        channels = cut.kept(cut.given[0])[lhs[1]]
+        each = cut.given[1].shape[rhs[0]] // groups
+        if each > 1 and len(np.unique(channels)) < len(channels):
+            raise ValueError(f"a channel that meets {each} filters of its own cannot be copied")
+        groups = len(channels)
     return cut.bind(*arrays, feature_group_count=groups)
 
 
@@ -535,9 +589,11 @@ def _random_bits(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
 
 
 def _run_random_bits(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
-    # All of them, so that those that are left are the same.
-    (whole,) = cut.bind(*arrays)
-    return [taken(whole, cut.kept(cut.made[0]))]
+    # All of them, so that those that are left are the same; copies draw their own.
+    left, keys = cut.kept(cut.made[0]), len(cut.given[0].shape)
+    most = [max(len(own), n) for own, n in zip(left, cut.made[0].shape, strict=True)]
+    (whole,) = cut.bind(*arrays, shape=tuple(most[keys:]))
+    return [taken(whole, [own if len(own) <= n else np.arange(len(own)) for own, n in zip(left, cut.made[0].shape, strict=True)])]
 
 
 def unknown(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
@@ -564,6 +620,18 @@ def _run_broadcast(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
 
 
 def _run_reshape(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
+    left, out = cut.kept(cut.given[0]), cut.kept(cut.made[0])
+    if any(len(np.unique(own)) < len(own) for own in out):
+        # Copies stand side by side, and may not do so any more where axes are merged or parted otherwise.
+        numbers = [
+            np.arange(math.prod(value.shape)).reshape(value.shape)[np.ix_(*own)].reshape(-1)
+            for value, own in ((cut.given[0], left), (cut.made[0], out))
+        ]
+        if not np.array_equal(*numbers):
+            raise ValueError(
+                f"a reshape of {cut.given[0].shape} to {cut.made[0].shape} merges or parts an axis of which units are copied, in a "
+                "way that leaves copies no place side by side"
+            )
     return cut.bind(*arrays, new_sizes=cut.shape())
 
 
@@ -598,8 +666,10 @@ PRIMITIVES: Mapping[str, Primitive] = {
     "reduce_sum": Primitive(_reduced(understood=True)),
     **{
         name: Primitive(_reduced(understood=False))
-        for name in ("argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_xor")
+        for name in ("reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_xor")
     },
+    **{name: Primitive(_chosen, _run_chosen) for name in ("argmax", "argmin")},
+    "top_k": Primitive(_top_k, _run_chosen),
     **{name: Primitive(_along("axis")) for name in ("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum")},
     "sort": Primitive(_along("dimension")),
     **{name: Primitive(_window) for name in ("reduce_window", "reduce_window_max", "reduce_window_min", "reduce_window_sum")},

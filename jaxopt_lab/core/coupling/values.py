@@ -33,12 +33,19 @@ class Value:
       fields: each axis is in one of them.
       summed: labels of the axes that were summed over to make it, if nothing but that was done since: what a mean divides by.
       zero: whether its entries at cut indices are 0 where the parameters are masked: they add nothing to a sum.
+      numbers: labels of an axis, if its entries are nothing but indices along that: what `argmax`, `top_k` or an iota gives.
     """
 
     shape: tuple[int, ...]
     fields: tuple[Field, ...]
     summed: tuple[np.ndarray, ...] = ()
     zero: bool = False
+    numbers: np.ndarray | None = None
+
+    @property
+    def terms(self) -> list["Value"]:
+        """The axes that were summed over, each as a value of its own."""
+        return [Value((len(own),), (Field((0,), own),)) for own in self.summed]
 
     def field(self, axis: int) -> Field:
         """The field that an axis is in."""
@@ -56,7 +63,7 @@ class Value:
             new = [places(a) for a in axes]
             order = sorted(range(len(new)), key=new.__getitem__)
             fields.append(Field(tuple(new[k] for k in order), labels.transpose(order)))
-        return Value(tuple(shape), tuple(fields), self.summed, self.zero)
+        return Value(tuple(shape), tuple(fields), self.summed, self.zero, self.numbers)
 
 
 def fresh(labels: Labels, shape: Sequence[int]) -> Value:
@@ -68,8 +75,8 @@ def fresh(labels: Labels, shape: Sequence[int]) -> Value:
     return Value(tuple(shape), tuple(Field((a,), labels.fresh(n)) for a, n in enumerate(shape)))
 
 
-def fixed(labels: Labels, value: Value, reason: str, axes: Iterable[int] | None = None) -> None:
-    """Nothing is cut along some axes of a value, or along any.
+def fixed(labels: Labels, value: Value, reason: str, axes: Iterable[int] | None = None, *, counted: bool = False) -> None:
+    """Nothing is cut along some axes of a value, or along any; `counted` as in `Labels.fix`.
 
     >>> labels = Labels()
     >>> value = fresh(labels, (2, 3))
@@ -78,7 +85,7 @@ def fixed(labels: Labels, value: Value, reason: str, axes: Iterable[int] | None 
     ([True, True], [False, False, False])
     """
     for a in range(len(value.shape)) if axes is None else axes:
-        labels.fix(value.field(a).labels, reason)
+        labels.fix(value.field(a).labels, reason, counted=counted)
 
 
 def separated(
@@ -178,7 +185,7 @@ def united(labels: Labels, values: Sequence[Value]) -> Value:
         first, alike = separated(labels, first, loose), separated(labels, other, loose)
         for field in first.fields:
             labels.unite(field.labels, alike.field(field.axes[0]).labels)
-    return dataclasses.replace(first, summed=(), zero=all(value.zero for value in values))
+    return dataclasses.replace(first, summed=(), zero=all(value.zero for value in values), numbers=None)
 
 
 def reshaped(labels: Labels, value: Value, shape: Sequence[int], blocks: Iterable[tuple[slice, slice]]) -> Value:
@@ -200,7 +207,7 @@ def reshaped(labels: Labels, value: Value, shape: Sequence[int], blocks: Iterabl
             fields.append(Field(tuple(long), flat.reshape([n for n in sizes if n != 1])))
         else:
             single(labels, flat)
-    return Value(tuple(shape), tuple(sorted(fields, key=lambda field: field.axes)), value.summed, value.zero)
+    return Value(tuple(shape), tuple(sorted(fields, key=lambda field: field.axes)), value.summed, value.zero, value.numbers)
 
 
 def _flat(labels: Labels, value: Value, axes: Sequence[int]) -> np.ndarray:
@@ -228,21 +235,37 @@ def _flat(labels: Labels, value: Value, axes: Sequence[int]) -> np.ndarray:
     return np.broadcast_to(spread, sizes).reshape(-1)
 
 
-def kept(labels: Labels, keep: np.ndarray, value: Value) -> list[np.ndarray]:
-    """For each axis of a value the indices that are kept; `keep` is a bool for every label.
+def kept(labels: Labels, copies: np.ndarray, value: Value) -> list[np.ndarray]:
+    """For each axis of a value the indices that are left, in order; those of which there are several stand there as often.
+
+    Indices next to each other that are one unit, such as those of a head, are copied together.
+
+    Args:
+      labels: all of them.
+      copies: for every label how many there are of it: 0 where it is cut.
+      value: whose axes they are.
 
     Raises:
-      ValueError: what is kept along axes that were one is no rectangle.
+      ValueError: what is left along axes that were one is no rectangle.
 
     >>> labels = Labels()
-    >>> [indices.tolist() for indices in kept(labels, np.array([True, False, True]), fresh(labels, (3,)))]
-    [[0, 2]]
+    >>> [indices.tolist() for indices in kept(labels, np.array([1, 0, 2]), fresh(labels, (3,)))]
+    [[0, 2, 2]]
     """
     found: dict[int, np.ndarray] = {}
     for axes, own in value.fields:
-        left = keep[labels.root(own)]
+        left = copies[labels.root(own)]
+        carrier = _carrier(labels, own) if len(axes) > 1 else 0
         for k, a in enumerate(axes):
-            found[a] = np.flatnonzero(left.any(axis=tuple(j for j in range(left.ndim) if j != k)))
+            others = tuple(j for j in range(left.ndim) if j != k)
+            along = left.max(axis=others, initial=0)
+            # Of axes that were one, only that along which one may cut can have copies.
+            if k != carrier or (along <= 1).all():
+                found[a] = np.flatnonzero(along)
+            else:
+                roots = labels.root(own).min(axis=others)
+                runs = np.split(np.arange(len(along)), np.flatnonzero(np.diff(roots)) + 1)
+                found[a] = np.concatenate([np.tile(run, along[run[0]]) for run in runs])
         if math.prod(len(found[a]) for a in axes) != left.sum():
             raise ValueError(f"what is kept of axes {axes} of a value of shape {value.shape} is no rectangle")
     return [found[a] for a in range(len(value.shape))]

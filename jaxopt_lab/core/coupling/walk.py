@@ -1,7 +1,7 @@
 """The labels of a whole program, and the program on fewer indices."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -61,13 +61,15 @@ _CONSTANT = Value((), ())
 """What is known of a constant inside a program, until an operation says of which shape it is."""
 
 
-def walk(program: Program, tied: Mapping[int, int] | None = None) -> Walked:
+def walk(program: Program, tied: Mapping[int, int] | None = None, forced: Container[str] = ()) -> Walked:
     """Gives labels to every index of every axis in a program, and unites those that can only be cut together.
 
     Args:
       program: as `programs.trace` gives it.
       tied: outputs that are the next value of an input, such as running statistics: output -> input. All other outputs are fixed,
         and so are all inputs but the parameters.
+      forced: paths of parameters whose units are cut though each of them counts for something: a maximum, a choice or a sum to
+        which zeros add is then of those that are left.
 
     >>> from jaxopt_lab.core.tracing import programs
     >>> params = {"a": jnp.ones((3, 2)), "b": jnp.ones((2, 4))}
@@ -80,21 +82,8 @@ def walk(program: Program, tied: Mapping[int, int] | None = None) -> Walked:
     labels = Labels()
     places: dict[Address, Noted] = {}
     jaxpr = program.jaxpr
-    given = [fresh(labels, variable.aval.shape) for variable in (*jaxpr.jaxpr.constvars, *jaxpr.jaxpr.invars)]
-    consts, params = len(jaxpr.consts), len(program.paths)
-    for k in range(consts, consts + params):
-        given[k] = dataclasses.replace(given[k], zero=True)
-        for _, own in given[k].fields:
-            labels.own(own)
-    for k, value in enumerate(given[consts + params :]):
-        fixed(labels, value, f"it is input {k}")
-    for k, variable in enumerate(jaxpr.jaxpr.invars[:params]):
-        if jax.dtypes.issubdtype(variable.aval.dtype, jax.dtypes.prng_key):
-            fixed(labels, given[consts + k], "it holds keys")
-    read = {v for eqn in jaxpr.jaxpr.eqns for v in eqn.invars if not isinstance(v, Literal)}
-    for value, variable in zip(given[consts : consts + params], jaxpr.jaxpr.invars[:params], strict=True):
-        if variable not in read and variable not in jaxpr.jaxpr.outvars:
-            fixed(labels, value, "this function does not read it")
+    given = _given(labels, program, forced)
+    consts = len(jaxpr.consts)
     rules = _rules(labels, places)
     outputs = flow(_opened(jaxpr), given, rules)
     outputs = [_of(labels, value, variable.aval.shape) for value, variable in zip(outputs, jaxpr.jaxpr.outvars, strict=True)]
@@ -111,28 +100,50 @@ def walk(program: Program, tied: Mapping[int, int] | None = None) -> Walked:
     return Walked(program, labels, given, outputs, places)
 
 
-def cut(walked: Walked, keep: np.ndarray, inputs: Sequence[Any]) -> list[Any]:
-    """The outputs of a program on fewer indices.
+def _given(labels: Labels, program: Program, forced: Container[str]) -> list[Value]:
+    """The labels of what a program takes: its constants, its parameters, its inputs."""
+    jaxpr = program.jaxpr
+    given = [fresh(labels, variable.aval.shape) for variable in (*jaxpr.jaxpr.constvars, *jaxpr.jaxpr.invars)]
+    consts, params = len(jaxpr.consts), len(program.paths)
+    read = {v for eqn in jaxpr.jaxpr.eqns for v in eqn.invars if not isinstance(v, Literal)}
+    for k, (path, variable) in enumerate(zip(program.paths, jaxpr.jaxpr.invars, strict=False), consts):
+        given[k] = dataclasses.replace(given[k], zero=True)
+        for _, own in given[k].fields:
+            labels.own(own)
+            if path in forced:
+                labels.force(own)
+        if jax.dtypes.issubdtype(variable.aval.dtype, jax.dtypes.prng_key):
+            fixed(labels, given[k], "it holds keys")
+        if variable not in read and variable not in jaxpr.jaxpr.outvars:
+            fixed(labels, given[k], "this function does not read it")
+    for k, value in enumerate(given[consts + params :]):
+        fixed(labels, value, f"it is input {k}")
+    return given
+
+
+def cut(walked: Walked, copies: np.ndarray, inputs: Sequence[Any]) -> list[Any]:
+    """The outputs of a program on fewer indices, or on more.
 
     Args:
       walked: the program.
-      keep: for every label whether it stays, `[labels]`; alike for labels that are one, and True for those that are fixed.
+      copies: for every label how many there are of it, `[labels]`: 0 where it is cut. Alike for labels that are one, and 1 for
+        those that are fixed.
       inputs: as the program takes them, its parameters cut already (`Walked.params` and `values.kept` say how).
 
     >>> from jaxopt_lab.core.tracing import programs
     >>> params = {"a": jnp.ones((3, 2)), "b": jnp.ones((2, 1))}
     >>> program, inputs = programs.trace(lambda p, x: x @ p["a"] @ p["b"], params, jnp.ones((1, 3)))
     >>> walked = walk(program)
-    >>> keep = np.ones(len(walked.labels), bool)
-    >>> keep[walked.labels.root(np.arange(len(keep))) == walked.labels.root(walked.params["a"].labels(1))[1]] = False
-    >>> cut(walked, keep, [jnp.ones((3, 1)), jnp.ones((1, 1)), jnp.ones((1, 3))])[0].tolist()
+    >>> copies = np.ones(len(walked.labels), int)
+    >>> copies[walked.labels.root(np.arange(len(copies))) == walked.labels.root(walked.params["a"].labels(1))[1]] = 0
+    >>> cut(walked, copies, [jnp.ones((3, 1)), jnp.ones((1, 1)), jnp.ones((1, 3))])[0].tolist()
     [[3.0]]
     """
     cache: dict[int, tuple[Value, list[np.ndarray]]] = {}
 
     def indices(value: Value) -> list[np.ndarray]:
         if id(value) not in cache:
-            cache[id(value)] = value, kept(walked.labels, keep, value)
+            cache[id(value)] = value, kept(walked.labels, copies, value)
         return cache[id(value)][1]
 
     consts = walked.program.jaxpr.consts
@@ -173,18 +184,23 @@ def _run_equation(eqn: Any, given: list[Any], walked: Walked, indices: Any, here
         return _run(jaxpr, values, walked, indices, Place((*here.address, k))), states
 
     if noted is not None and noted.derivative is not None:
-        return _DERIVATIVES[eqn.primitive.name].run(eqn, given, noted.derivative, lambda k, jaxpr, xs: inside(k, jaxpr, xs, {})[0])
+        own = _DERIVATIVES[eqn.primitive.name]
+        same = all(v.aval.shape == value.shape for v, value in zip(eqn.invars, noted.given, strict=True))
+        derivative = noted.derivative if same else own.program(eqn)
+        return own.run(eqn, given, derivative, lambda k, jaxpr, xs: inside(k, jaxpr, xs, {})[0])
     if form is not None:
         if form.run is None:
             return eqn.primitive.bind(*given, **eqn.primitive.get_bind_params(eqn.params))
         return form.run(eqn, given, {}, inside, set())[0]
     assert noted is not None
+    known, one = PRIMITIVES.get(eqn.primitive.name), Cut(eqn, noted.given, noted.made, indices)
+    if not one.touched:
+        return one.bind(*given)
     # Constants of an inner program come whole.
     given = [
         taken(array, indices(value)) if value.shape and np.shape(array) == value.shape else array
         for array, value in zip(given, noted.given, strict=True)
     ]
-    known, one = PRIMITIVES.get(eqn.primitive.name), Cut(eqn, noted.given, noted.made, indices)
     return one.bind(*given) if known is None or known.run is None else known.run(one, given)
 
 
@@ -214,7 +230,7 @@ def _rules(labels: Labels, places: dict[Address, Noted]) -> Rules:
             return a if b is _CONSTANT else b
         both = united(labels, [a, b])
         same = [field.axes for field in both.fields] == [field.axes for field in a.fields]
-        return a if same and not a.summed and a.zero == both.zero else both
+        return a if same and not a.summed and a.zero == both.zero and a.numbers is None else both
 
     def part(value: Value, depth: int) -> Value:
         del depth

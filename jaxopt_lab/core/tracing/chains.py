@@ -3,7 +3,8 @@ r"""What the output of a product goes through channel by channel, before anythin
 A bias, a normalisation by running statistics, a learned scale: each is affine with coefficients that depend on parameters and
 constants alone, and so are they together, :math:`z = A y + B`. They are found by what they do, not by their names: the walk follows
 the output `y` of a product from one use to the next. A label says of a value whether it depends on the inputs, which parameters it
-comes from, and along which axes it may differ.
+comes from, and along which axes it may differ. A chain that goes into a further product, and nowhere else, is a link between the
+two.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import Literal
 
 from jaxopt_lab.core.tracing import views
@@ -19,7 +21,7 @@ from jaxopt_lab.core.tracing.views import Step, View
 from jaxopt_lab.core.tracing.walks import Site, follow
 from jaxopt_lab.core.types import Array, PyTree
 
-__all__ = ["Affine", "affine", "find"]
+__all__ = ["Affine", "Link", "affine", "find", "links", "relaid", "summed"]
 
 Address = tuple[int, ...]
 
@@ -69,6 +71,29 @@ class Affine(NamedTuple):
         return vector.reshape([-1 if a == self.axis else 1 for a in range(z.ndim)])
 
 
+class Link(NamedTuple):
+    """Two products of which the second sums over the channels of the first, with a chain between them and nothing else.
+
+    Attributes:
+      first: the product whose output goes on, and the chain from there to the operand of the second; its `end` is the last equation
+        before that one, and its `formula` may be empty.
+      second: the other product; its parameter meets nothing else.
+      inner: the axis of the second parameter that is summed over the channels.
+      outputs: the axis of the first product's output that numbers the channels.
+      onward: the axes of the second parameter and of its output that number the channels there; None where they do not match one to
+        one.
+      bias: the second product and the additions that follow it at once, up to the last that reads a parameter; None where there are
+        none.
+    """
+
+    first: Affine
+    second: Site
+    inner: int
+    outputs: int
+    onward: tuple[int, int] | None
+    bias: Affine | None
+
+
 def affine(apply: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> tuple[Affine, ...]:
     """Where the output of a product goes through additions and multiplications that read parameters, and nothing but that.
 
@@ -104,13 +129,92 @@ def find(program: Program) -> tuple[Affine, ...]:
     >>> [chain.formula for chain in find(program)]
     [('sub b',)]
     """
+    notes = _noted(program)
+    return tuple(chain for head in notes.heads if (chain := notes.whole(head)) is not None)
+
+
+def links(program: Program) -> tuple[Link, ...]:
+    """Where the output of a product goes through a chain, be it an empty one, into a further product, and nowhere else.
+
+    Both are products of one parameter each with what comes from the inputs, in places where `affine` looks; neither parameter is
+    used elsewhere. Convolutions in groups are no second products.
+
+    Args:
+      program: as `programs.trace` gives it.
+
+    Returns:
+      One `Link` for each such pair, in the order of the program.
+
+    >>> from jaxopt_lab.core.tracing import programs
+    >>> params = {"a": jnp.ones((3, 2)), "b": jnp.ones((1, 2)), "c": jnp.ones((2, 4))}
+    >>> program, _ = programs.trace(lambda p, x: (x @ p["a"] + p["b"]) @ p["c"], params, jnp.ones((5, 3)))
+    >>> [(link.first.site.path, link.first.formula, link.second.path, link.inner) for link in links(program)]
+    [('a', ('add b',), 'c', 0)]
+    """
+    notes = _noted(program)
+    return tuple(link for head in notes.heads if (link := notes.link(head)) is not None)
+
+
+def relaid(steps: Sequence[Step], value: Array, axis: int, entries: int) -> Array:
+    """A value after transposes, reshapes and casts that were made for another number of entries along one of its axes.
+
+    Args:
+      steps: they leave that axis whole.
+      value: with any number of entries along `axis`.
+      axis: of the value.
+      entries: how many there were along it.
+
+    >>> steps = [Step("reshape", {"new_sizes": (1, 6, 2), "dimensions": None, "sharding": None}, operation=lax.reshape_p)]
+    >>> relaid(steps, jnp.ones((2, 3, 4)), 2, 2).shape
+    (1, 6, 4)
+    """
+    now, shape = value.shape[axis], tuple(entries if a == axis else n for a, n in enumerate(value.shape))
+    for step in steps:
+        after = _shape_after(step, shape)
+        view = views.VIEWS[step.primitive](views.stored("", jax.ShapeDtypeStruct(shape, value.dtype)), step.params, after)
+        assert view is not None
+        (axis,) = (k for k, factors in enumerate(view.factors) if any(own == axis for own, _ in factors))
+        sizes = [now if k == axis else n for k, n in enumerate(after)]
+        if step.primitive == "reshape":
+            value = value.reshape(sizes)
+        elif step.primitive == "broadcast_in_dim":
+            value = lax.broadcast_in_dim(value, sizes, step.params["broadcast_dimensions"])
+        else:
+            value = step.operation.bind(value, **step.params)
+        shape = after
+    return value
+
+
+def summed(site: Site, axis: int) -> int | None:
+    """The axis of the parameter that is summed over the channels of the input, if its `axis` numbers those and is summed alone.
+
+    Alone but for the width and height of a convolution. None where there is no such axis, or the parameter is not stored as it is
+    met.
+
+    >>> from jaxopt_lab.core.tracing import sites
+    >>> (site,) = sites(lambda w, x: x @ w.T, jnp.ones((2, 3)), jnp.ones((5, 3)))
+    >>> summed(site, 1), summed(site, 0)
+    (1, None)
+    """
+    if site.primitive == "dot_general":
+        contracted, batch = site.params["dimension_numbers"]
+        alone = tuple(contracted[site.other]) == (axis,) and not batch[site.other]
+        return _whole_axis(site, contracted[site.operand][0]) if alone else None
+    if site.primitive == "conv_general_dilated" and site.operand == 1:
+        numbers = site.params["dimension_numbers"]
+        alone = numbers.lhs_spec[1] == axis and site.params["feature_group_count"] == site.params["batch_group_count"] == 1
+        return _whole_axis(site, numbers.rhs_spec[1]) if alone else None
+    return None
+
+
+def _noted(program: Program) -> "_Notes":
     notes = _Notes({site.address: site for site in follow(program).sites})
     labels = [_Value(paths=frozenset([path])) for path in program.paths]
     others = [_Value(data=True)] * (len(program.jaxpr.jaxpr.invars) - len(labels))
     # Nothing of loops and branches is looked into, so that their rules are never asked.
     rules = Rules(notes.equation, *[_never] * 5, _Value(), FORMS.keys() - _CALLS)
     notes.meet(flow(program.jaxpr, [*labels, *others], rules), ())
-    return tuple(chain for head in notes.heads if (chain := notes.whole(head)) is not None)
+    return notes
 
 
 # Primitives that call one program, once, and mean by it what the program says.
@@ -159,6 +263,8 @@ class _Notes:
         self.heads: list[Affine] = []
         # For each value of a chain, by the address of its equation, what its uses made of it: a longer chain, or none.
         self.uses: dict[Address, list[Affine | None]] = {}
+        # By the same address, the product that a chain goes into, and the axis of its parameter that is summed over the channels.
+        self.into: dict[Address, tuple[Site, int]] = {}
         # Where each parameter, or what is computed of it, meets an input or leaves the program.
         self.met: dict[str, set[Address]] = {}
 
@@ -173,7 +279,12 @@ class _Notes:
         longer = _longer(eqn, labels, place.address)
         self.meet(labels, place.address, longer)
         site = self.sites.get(place.address)
-        if site is not None and labels[site.other].data and (channels := _channels(site)) is not None:
+        if site is None or not labels[site.other].data:
+            return [_Value(data=True, chain=longer)] * len(eqn.outvars)
+        before = labels[site.other].chain
+        if before is not None and (inner := summed(site, before.axis)) is not None:
+            self.into[before.end] = site, inner
+        if (channels := _channels(site)) is not None:
             weight_axis, axis = channels
             longer = Affine(site, weight_axis, place.address, axis)
             self.heads.append(longer)
@@ -189,20 +300,47 @@ class _Notes:
 
     def whole(self, head: Affine) -> Affine | None:
         """The chain from a product to the last operation that reads a parameter, while every value has one use."""
-        chain, found, passed = head, head, {head.end}
-        kept = set(passed)
-        while len(uses := self.uses.get(chain.end, [])) == 1 and uses[0] is not None:
-            chain, before = uses[0], chain
-            passed.add(chain.end)
-            if chain.reads != before.reads:
-                found, kept = chain, set(passed)
-        if found is head or not self.met[head.site.path] <= kept:
+        lengths = self.lengths(head)
+        reading = [k for k in range(1, len(lengths)) if lengths[k].reads != lengths[k - 1].reads]
+        return self.settled(lengths[: reading[-1] + 1]) if reading else None
+
+    def link(self, head: Affine) -> Link | None:
+        """The link that a product begins."""
+        lengths = self.lengths(head)
+        end = lengths[-1].end
+        if end not in self.into or self.uses[end] != [None] or (chain := self.settled(lengths)) is None:
+            return None
+        (second, inner), channels = self.into[end], _channels(head.site)
+        if self.met[second.path] != {second.address}:
+            return None
+        assert channels is not None
+        return Link(chain, second, inner, channels[1], _channels(second), self.bias(second))
+
+    def bias(self, site: Site) -> Affine | None:
+        """The part of the chain behind a product that only adds; None where that reads no parameter."""
+        lengths = self.lengths(next((head for head in self.heads if head.end == site.address), None))
+        adding = [k for k, chain in enumerate(lengths) if all(step.startswith("add") for step in chain.formula)]
+        reading = [k for k in adding if k and lengths[k].reads != lengths[k - 1].reads]
+        return self.settled(lengths[: reading[-1] + 1]) if reading else None
+
+    def lengths(self, head: Affine | None) -> list[Affine]:
+        """The chain of a product at each of its lengths, while every value has one use."""
+        lengths = [] if head is None else [head]
+        while lengths and len(uses := self.uses.get(lengths[-1].end, [])) == 1 and uses[0] is not None:
+            lengths.append(uses[0])
+        return lengths
+
+    def settled(self, lengths: Sequence[Affine]) -> Affine | None:
+        """The last of these; None where the weight is met outside of the chain."""
+        found, kept = lengths[-1], {chain.end for chain in lengths}
+        path = found.site.path
+        if not self.met[path] <= kept:
             return None
         reads = tuple(dict.fromkeys(found.reads))
         return found._replace(
             reads=reads,
             scales=tuple(dict.fromkeys(found.scales)),
-            own=tuple(path for path in reads if self.met[path] <= kept and path != head.site.path),
+            own=tuple(own for own in reads if self.met[own] <= kept and own != path),
         )
 
 
@@ -217,6 +355,12 @@ def _channels(site: Site) -> tuple[int, int] | None:
         free, out = [numbers.rhs_spec[0]], numbers.out_spec[1]
     else:
         return None
+    own = _whole_axis(site, free[0]) if len(free) == 1 else None
+    return None if own is None else (own, out)
+
+
+def _whole_axis(site: Site, axis: int) -> int | None:
+    """The parameter's own axis that one of the operand is, entry by entry; None where it is none."""
     floating = jnp.issubdtype(site.output.dtype, jnp.floating) and jnp.issubdtype(site.weight.dtype, jnp.floating)
     view: View | None = views.stored(site.path, site.parameter)
     turned: set[int] = set()
@@ -227,11 +371,11 @@ def _channels(site: Site) -> tuple[int, int] | None:
         if step.primitive == "rev":
             turned |= {own for a in step.params["dimensions"] for own, _ in view.factors[a]}
         view = views.VIEWS[step.primitive](view, step.params, _shape_after(step, view.shape))
-    if len(free) != 1 or not floating or view is None or len(view.factors[free[0]]) != 1:
+    if not floating or view is None or len(view.factors[axis]) != 1:
         return None
-    ((own, n),) = view.factors[free[0]]
-    whole = n == site.parameter.shape[own] == site.weight.shape[free[0]]
-    return (own, out) if whole and own not in turned else None
+    ((own, n),) = view.factors[axis]
+    whole = n == site.parameter.shape[own] == site.weight.shape[axis]
+    return own if whole and own not in turned else None
 
 
 def _shape_after(step: Step, shape: tuple[int, ...]) -> tuple[int, ...]:

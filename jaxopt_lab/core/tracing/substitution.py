@@ -14,7 +14,7 @@ from jaxopt_lab.core.tracing.chains import Affine, find
 from jaxopt_lab.core.tracing.programs import Program, Seen, run, trace
 from jaxopt_lab.core.types import Array, PyTree
 
-__all__ = ["Coefficients", "coefficients", "substituted"]
+__all__ = ["Coefficients", "amounts", "coefficients", "needed", "substituted"]
 
 
 class Coefficients(NamedTuple):
@@ -48,7 +48,23 @@ def coefficients(apply: Callable[..., Any], params: PyTree, *args: Any, **kwargs
     Coefficients(scale=Array([1. , 0.5], dtype=float32), shift=Array([-1. , -0.5], dtype=float32))
     """
     program, inputs = trace(apply, params, *args, **kwargs)
-    chains = {chain.site.path: chain for chain in find(program)}
+    return amounts(program, inputs, find(program))
+
+
+def amounts(program: Program, inputs: Sequence[Any], chains: Iterable[Affine]) -> dict[str, Coefficients]:
+    """`coefficients` of some chains, of a program that is traced already.
+
+    Args:
+      program, inputs: as `programs.trace` gives them.
+      chains: of this very program, each with a formula.
+
+    >>> from jaxopt_lab.core.tracing import programs
+    >>> params = {"b": jnp.ones((1, 1)), "w": jnp.ones((1, 1))}
+    >>> program, inputs = programs.trace(lambda p, x: x @ p["w"] - p["b"], params, jnp.ones((1, 1)))
+    >>> amounts(program, inputs, find(program))["w"].shift.tolist()
+    [-1.0]
+    """
+    chains = {chain.site.path: chain for chain in chains}
 
     def ends(arrays: Sequence[Any], t: Array) -> dict[str, Array]:
         _, ended = substituted(
@@ -65,13 +81,24 @@ def coefficients(apply: Callable[..., Any], params: PyTree, *args: Any, **kwargs
         shifts, scales = jax.jvp(functools.partial(ends, arrays), (jnp.zeros(()),), (jnp.ones(()),))
         return {path: Coefficients(wide(scales[path]), wide(shift)) for path, shift in shifts.items()}
 
-    closed, shapes = jax.make_jaxpr(both, return_shape=True)(inputs)
-    alive, used = partial_eval.dce_jaxpr(closed.jaxpr, True)
-    given = [x for x, yes in zip(inputs, used, strict=True) if yes]
+    run_both, given = needed(both, inputs)
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in given):
         raise ValueError("the function prints or calls back on its way: give it arrays instead of shapes, or take that out")
-    out = jaxpr_as_fun(ClosedJaxpr(alive, closed.consts))(*given)
-    return jax.tree.unflatten(jax.tree.structure(shapes), out)
+    return run_both(*given)
+
+
+def needed(function: Callable[[PyTree], PyTree], inputs: PyTree) -> tuple[Callable[..., PyTree], list[Any]]:
+    """A function of a tree without the operations that nothing comes of, and the arrays in that tree that it still takes.
+
+    >>> run_needed, given = needed(lambda arrays: (arrays[0] @ arrays[1], arrays[0] + 1)[1], [jnp.ones((1, 1)), jnp.ones((1, 1))])
+    >>> len(given), run_needed(*given).tolist(), len(jax.make_jaxpr(run_needed)(*given).eqns)
+    (1, [[2.0]], 1)
+    """
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(inputs)
+    alive, used = partial_eval.dce_jaxpr(closed.jaxpr, True)
+    flat = jaxpr_as_fun(ClosedJaxpr(alive, closed.consts))
+    given = [x for x, yes in zip(jax.tree.leaves(inputs), used, strict=True) if yes]
+    return lambda *arrays: jax.tree.unflatten(jax.tree.structure(shapes), flat(*arrays)), given
 
 
 def _line(z: Array, axis: int) -> Array:
