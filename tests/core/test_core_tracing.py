@@ -674,12 +674,14 @@ def test_collecting_from_a_module_that_holds_functions():
 def test_multiplications_by_hand():
     apply, shapes = _linen(nn.MultiHeadDotProductAttention(2), _X)
     costs = tracing.count(apply, shapes, _X)
-    assert costs.paths["params/query/kernel"] == (2 * 5 * 4 * 4, 16)
-    assert costs.paths["params/query/bias"] == (0, 4)
+    assert costs.paths["params/query/kernel"] == (2 * 5 * 4 * 4, 16, 4 * 2 * 5 * 4)
+    assert costs.paths["params/query/bias"] == (0, 4, 0)
     # Scores and their use: two products of [5, 2] and [2, 5] for each of 2 heads and 2 examples.
     assert costs.others == 2 * (2 * 2 * 5 * 5 * 2)
     assert costs.macs == 4 * 160 + costs.others
     assert costs.parameters == 4 * 16 + 4 * 4
+    # Four dense layers, the scores, and what is made with them.
+    assert costs.activation_bytes == 4 * (4 * 2 * 5 * 4 + 2 * 2 * 5 * 5 + 2 * 5 * 4)
 
 
 class _Bottleneck(nn.Module):
@@ -716,6 +718,17 @@ def test_a_product_of_two_parameters_counts_once_in_all():
     costs = tracing.count(lambda w, x: x @ w["a"] @ (w["b"] @ w["c"]), {k: _f32(4, 4) for k in "abc"}, _f32(2, 4))
     assert {path: count.macs for path, count in costs.paths.items()} == {"a": 32, "b": 64, "c": 64}
     assert (costs.macs, costs.others) == (32 + 64 + 32, 32)
+
+
+def test_a_scan_counts_by_its_length_and_parts_of_a_fused_product_share_what_it_puts_out():
+    def apply(w, x):
+        x = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w["stack"])[0]
+        return x @ jnp.concatenate([w["a"], w["b"]], axis=1)
+
+    costs = tracing.count(apply, {"stack": _f32(3, 4, 4), "a": _f32(4, 2), "b": _f32(4, 6)}, _f32(5, 4))
+    assert costs.paths["stack"] == (3 * 5 * 4 * 4, 48, 3 * 5 * 4 * 4)
+    assert (costs.paths["a"], costs.paths["b"]) == ((5 * 4 * 2, 8, 5 * 2 * 4), (5 * 4 * 6, 24, 5 * 6 * 4))
+    assert costs.activation_bytes == 3 * 5 * 4 * 4 + 5 * 8 * 4
 
 
 def test_paths_and_names_are_those_of_the_tree():

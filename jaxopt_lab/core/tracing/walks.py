@@ -17,7 +17,7 @@ from jaxopt_lab.core.tracing.programs import Place, Program, Rules, flow, trace
 from jaxopt_lab.core.tracing.views import Axes, Step, View
 from jaxopt_lab.core.types import PyTree
 
-__all__ = ["PRODUCTS", "Product", "Roles", "Scan", "Site", "Unknown", "Walk", "follow", "sites", "walk"]
+__all__ = ["PRODUCTS", "Cost", "Product", "Roles", "Scan", "Site", "Unknown", "Walk", "follow", "sites", "walk"]
 
 
 class Scan(NamedTuple):
@@ -76,6 +76,20 @@ class Site(NamedTuple):
         return math.prod(scan.length for scan in self.scans)
 
 
+class Cost(NamedTuple):
+    """What a product costs in one call, the scans around it counted by their lengths.
+
+    Attributes:
+      primitive: its name.
+      macs: multiplications, each with its addition.
+      nbytes: of its result.
+    """
+
+    primitive: str
+    macs: int
+    nbytes: int
+
+
 class Unknown(NamedTuple):
     """A parameter that the walk lost sight of.
 
@@ -97,14 +111,13 @@ class Walk(NamedTuple):
       sites: where they meet products, in the order of the program.
       unknown: those that reach a product otherwise than as a view, or an operation that may hide one.
       others: by path, the other operations in which they meet the inputs: `add` of a bias, `mul` of a scale.
-      products: by address, the name and the multiplications (in all, scans counted) of every product, those of two inputs among
-        them.
+      products: by address, every product, those of two inputs among them.
     """
 
     sites: tuple[Site, ...]
     unknown: tuple[Unknown, ...]
     others: Mapping[str, tuple[str, ...]]
-    products: Mapping[tuple[int, ...], tuple[str, int]]
+    products: Mapping[tuple[int, ...], Cost]
 
 
 def sites(apply: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> tuple[Site, ...]:
@@ -286,7 +299,7 @@ class _Notes:
         self.sites: list[Site] = []
         self.unknown: list[Unknown] = []
         self.others: dict[str, list[str]] = {}
-        self.products: dict[tuple[int, ...], tuple[str, int]] = {}
+        self.products: dict[tuple[int, ...], Cost] = {}
         self.met: Counter[str] = Counter()
 
 
@@ -359,7 +372,8 @@ def _note_product(notes: _Notes, eqn: Any, labels: list[_Label], place: Place) -
     product = PRODUCTS[name]
     macs = product.macs(eqn.params, [aval.shape for aval in avals[:-1]], avals[-1].shape)
     lengths = [frame.length for frame in place.frames]
-    notes.products[place.address] = (name, macs * math.prod(n for n in lengths if n is not None))
+    times, out = math.prod(n for n in lengths if n is not None), avals[-1]
+    notes.products[place.address] = Cost(name, macs * times, math.prod(out.shape) * out.dtype.itemsize * times)
     for operand, other in product.others.items():
         label, roles = labels[operand], product.roles(eqn.params, operand)
         for view in label.views:
