@@ -1,14 +1,13 @@
 """The encoder of BERT, of any depth and widths."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from jaxopt_lab.core.numerics import wide
 from jaxopt_lab.core.types import Array
+from jaxopt_lab.nets.blocks import Block, of_layers, repeated
 
 __all__ = ["BERT"]
 
@@ -35,14 +34,18 @@ class BERT(nn.Module):
       segments: how many segments there are.
       width: the length of a token's state.
       depth: how many blocks.
-      heads: of the attention; they share the width evenly.
-      mlp_width: the hidden width of each block's perceptron.
+      heads: of the attention, one number for all blocks or one for each.
+      mlp_width: the hidden width of a block's perceptron, likewise.
+      head_size: the length of one head, likewise; by default the heads share the width evenly.
       dropout: the probability that an entry is dropped: of the first states, of the attention, of what a block adds.
+      remat: keep only what enters each block for the backward pass, and compute the rest again.
+      scan: loop over one traced block; the parameters of all lie in `blocks`, stacked, and not in `block_0`, `block_1`, ...
       activation: an elementwise function.
       kernel_init: any initialiser; those of `nets.initializers` by name.
       dtype: what is computed in; by default that of the parameters. The softmax is in float32 at least.
       param_dtype: what the parameters are stored in.
 
+    >>> import jax
     >>> shapes = jax.eval_shape(BERT().init, jax.random.key(0), jnp.ones((1, 128), int))
     >>> sum(leaf.size for leaf in jax.tree.leaves(shapes))
     109482240
@@ -56,9 +59,12 @@ class BERT(nn.Module):
     segments: int = 2
     width: int = 768
     depth: int = 12
-    heads: int = 12
-    mlp_width: int = 3072
+    heads: int | Sequence[int] = 12
+    mlp_width: int | Sequence[int] = 3072
+    head_size: int | Sequence[int] | None = None
     dropout: float = 0.1
+    remat: bool = False
+    scan: bool = False
     activation: Callable[[Array], Array] = nn.gelu
     kernel_init: nn.initializers.Initializer = _initial
     dtype: jnp.dtype | None = None
@@ -68,8 +74,6 @@ class BERT(nn.Module):
     def __call__(
         self, tokens: Array, segments: Array | None = None, mask: Array | None = None, train: bool = False
     ) -> tuple[Array, Array]:
-        if self.width % self.heads:
-            raise ValueError(f"width={self.width} is not shared evenly by heads={self.heads}")
         length = tokens.shape[1]
         if length > self.positions:
             raise ValueError(f"tokens of shape {tokens.shape} are longer than positions={self.positions}; cut them, or take more")
@@ -81,54 +85,12 @@ class BERT(nn.Module):
         x = embedded(tokens, self.vocabulary, "tokens")
         x = x + embedded(jnp.arange(length)[None], self.positions, "positions")
         x = x + embedded(jnp.zeros_like(tokens) if segments is None else segments, self.segments, "segments")
-        x = nn.LayerNorm(_EPSILON, name="norm", **types)(x)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        options = {"kernel_init": self.kernel_init, **types}
-        for k in range(self.depth):
-            block = _Block(self.heads, self.mlp_width, self.dropout, self.activation, options, types, name=f"block_{k}")
-            x = block(x, mask, train)
-        return x, jnp.tanh(nn.Dense(self.width, name="pooler", **options)(x[:, 0]))
-
-
-class _Block(nn.Module):
-    """Attention and a perceptron, each added to what it saw, and a LayerNorm behind each sum."""
-
-    heads: int
-    mlp_width: int
-    dropout: float
-    activation: Callable[[Array], Array]
-    options: Any
-    """Of the dense layers."""
-    types: Any
-    """Of the LayerNorms."""
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Array | None, train: bool) -> Array:
-        def dense(width: int, name: str):
-            return nn.Dense(width, name=name, **self.options)
-
-        def drop(x: Array) -> Array:
-            return nn.Dropout(self.dropout, deterministic=not train)(x)
-
-        def norm(name: str):
-            return nn.LayerNorm(_EPSILON, name=name, **self.types)
-
-        width = x.shape[-1]
-        query, key, value = (
-            dense(width, name)(x).reshape(*x.shape[:-1], self.heads, -1)  # [B, N, heads, width / heads]
-            for name in ("query", "key", "value")
-        )
-        weights = drop(_weights(query, key, mask))
-        attended = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(x.shape)
-        x = norm("norm_attention")(x + drop(dense(width, "out")(attended)))
-        y = dense(width, "mlp_out")(self.activation(dense(self.mlp_width, "hidden")(x)))
-        return norm("norm_mlp")(x + drop(y))
-
-
-def _weights(query: Array, key: Array, mask: Array | None) -> Array:
-    r""":math:`\mathrm{softmax}(q k^\top / \sqrt d)` of each head, `[B, heads, N, N]`, from `[B, N, heads, d]`."""
-    scores = wide(jnp.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5)
-    if mask is not None:
-        # The lowest number, not minus infinity: where all is padding, the softmax is even and not NaN.
-        scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(scores.dtype).min)
-    return jax.nn.softmax(scores).astype(query.dtype)
+        dense = partial(nn.Dense, kernel_init=self.kernel_init, **types)
+        norm = partial(nn.LayerNorm, _EPSILON, **types)
+        x = nn.Dropout(self.dropout, deterministic=not train)(norm(name="norm")(x))
+        same = {"activation": self.activation, "train": train, "dense": dense, "norm": norm, "norm_first": False}
+        same |= {"dropout": self.dropout, "weights_dropout": self.dropout}
+        blocks = of_layers(self, "heads", "head_size", "mlp_width", **same)
+        allowed = None if mask is None else mask[:, None]
+        x = repeated(Block, blocks, x, allowed, scan=self.scan, remat=self.remat)
+        return x, jnp.tanh(dense(self.width, name="pooler")(x[:, 0]))

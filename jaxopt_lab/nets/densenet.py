@@ -1,7 +1,6 @@
 """Densely connected networks, with every width as a field."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxopt_lab.core.types import Array
 from jaxopt_lab.nets import initializers
+from jaxopt_lab.nets.blocks import layers
 
 __all__ = ["DenseNet"]
 
@@ -59,9 +59,7 @@ class DenseNet(nn.Module):
         between = len(self.widths) - 1
         if self.transitions is not None and len(self.transitions) != between:
             raise ValueError(f"transitions must be {between}, one between two blocks each; got {tuple(self.transitions)}")
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv = partial(nn.Conv, use_bias=False, kernel_init=self.kernel_init, **types)
-        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=self.momentum, **types)
+        dense, conv, norm = layers(self, train)
         sides = x.shape[1:3]
         x = conv(self.stem, (7, 7), strides=2, padding=3, name="stem")(x)
         x = self.activation(norm(name="stem_norm")(x))
@@ -81,7 +79,7 @@ class DenseNet(nn.Module):
             x = conv(width, (1, 1), name=f"transition_{b}")(self.activation(norm(name=f"transition_{b}_norm")(x)))
             x = nn.avg_pool(x, (2, 2), strides=(2, 2))
         x = self.activation(norm(name="norm")(x)).mean((1, 2))
-        return nn.Dense(self.classes, name="head", kernel_init=self.kernel_init, **types)(x)
+        return dense(self.classes, name="head")(x)
 
 
 class _Layer(nn.Module):

@@ -1,7 +1,6 @@
 """MobileNetV2, with every width as a field."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxopt_lab.core.types import Array
 from jaxopt_lab.nets import initializers
+from jaxopt_lab.nets.blocks import layers
 
 __all__ = ["MobileNetV2"]
 
@@ -70,9 +70,7 @@ class MobileNetV2(nn.Module):
     def __call__(self, x: Array, train: bool = False) -> Array:
         if len(self.strides) != len(self.widths):
             raise ValueError(f"strides must be {len(self.widths)}, one for each stage of widths; got {tuple(self.strides)}")
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv = partial(nn.Conv, use_bias=False, kernel_init=self.kernel_init, **types)
-        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=self.momentum, **types)
+        dense, conv, norm = layers(self, train)
         x = conv(self.stem, (3, 3), strides=2, padding=1, name="stem")(x)
         x = self.activation(norm(name="stem_norm")(x))
         for s, (stage, stride) in enumerate(zip(self.widths, self.strides, strict=True)):
@@ -81,7 +79,7 @@ class MobileNetV2(nn.Module):
                 x = _Block(widths, 1 if b else stride, bool(b), *options, name=f"stage_{s}_block_{b}")(x)
         x = self.activation(norm(name="features_norm")(conv(self.features, (1, 1), name="features")(x)))
         x = nn.Dropout(self.dropout, deterministic=not train)(x.mean((1, 2)))
-        return nn.Dense(self.classes, name="head", kernel_init=self.kernel_init, **types)(x)
+        return dense(self.classes, name="head")(x)
 
 
 class _Block(nn.Module):

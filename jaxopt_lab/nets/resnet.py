@@ -1,13 +1,13 @@
 """Residual networks of the CIFAR kind, of any depth and widths."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxopt_lab.core.types import Array
 from jaxopt_lab.nets import initializers
+from jaxopt_lab.nets.blocks import layers
 
 __all__ = ["ResNet"]
 
@@ -58,9 +58,7 @@ class ResNet(nn.Module):
         blocks, rest = divmod(self.depth - 2, 2 * len(self.widths))
         if rest or blocks < 1:
             raise ValueError(f"depth must be {2 * len(self.widths)}n + 2 for {len(self.widths)} stages; got {self.depth}")
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv = partial(nn.Conv, use_bias=False, kernel_init=self.kernel_init, **types)
-        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=self.momentum, **types)
+        dense, conv, norm = layers(self, train)
         x = self.activation(norm()(conv(self.widths[0], (3, 3))(x)))
         for stage, width in enumerate(self.widths):
             for block in range(blocks):
@@ -75,7 +73,7 @@ class ResNet(nn.Module):
                     shortcut = _padded(x, width, stride)
                 x = self.activation(shortcut + y)
         x = nn.Dropout(self.dropout, deterministic=not train)(x.mean((1, 2)))
-        return nn.Dense(self.classes, kernel_init=self.kernel_init, **types)(x)
+        return dense(self.classes)(x)
 
 
 def _padded(x: Array, width: int, stride: int) -> Array:

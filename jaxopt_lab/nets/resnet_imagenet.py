@@ -1,7 +1,6 @@
 """Residual networks of the ImageNet kind, of any depth and of any width inside each block."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxopt_lab.core.types import Array
 from jaxopt_lab.nets import initializers
+from jaxopt_lab.nets.blocks import layers
 
 __all__ = ["ImageNetResNet"]
 
@@ -32,6 +32,8 @@ class ImageNetResNet(nn.Module):
       widths: for each stage, for each of its blocks, the widths of its convolutions: two make a basic block, three a bottleneck. By
         default the paper's; a network that lost channels inside its blocks is described by what is left.
       stem: the width of the first convolution.
+      squeeze_excitation: if given, each channel of a block's F(x) is scaled by what two dense layers make of the means of all, with
+        so many times fewer hidden units than there are channels (16 in the paper).
       classes: how many outputs.
       dropout: the probability that a feature of the global mean is dropped.
       momentum: of the running statistics.
@@ -46,12 +48,13 @@ class ImageNetResNet(nn.Module):
     11689512
 
     Source: He, Zhang, Ren and Sun, "Deep residual learning for image recognition", 2015, section 4.1; a bottleneck halves the map
-    where torchvision's does.
+    where torchvision's does. Hu, Shen and Sun, "Squeeze-and-excitation networks", 2018.
     """
 
     depth: int = 18
     widths: Sequence[Sequence[Sequence[int]]] | None = None
     stem: int = 64
+    squeeze_excitation: int | None = None
     classes: int = 1000
     dropout: float = 0.0
     momentum: float = 0.9
@@ -62,18 +65,17 @@ class ImageNetResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv = partial(nn.Conv, use_bias=False, kernel_init=self.kernel_init, **types)
-        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=self.momentum, **types)
+        dense, conv, norm = layers(self, train)
         x = conv(self.stem, (7, 7), strides=2, padding=3, name="stem")(x)
         x = self.activation(norm(name="stem_norm")(x))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for s, stage in enumerate(_published(self.depth) if self.widths is None else self.widths):
             for b, widths in enumerate(stage):
                 stride = 2 if s and not b else 1
-                x = _Block(widths, stride, not b, self.activation, conv, norm, name=f"stage_{s}_block_{b}")(x)
+                options = (self.squeeze_excitation, self.activation, dense, conv, norm)
+                x = _Block(widths, stride, not b, *options, name=f"stage_{s}_block_{b}")(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x.mean((1, 2)))
-        return nn.Dense(self.classes, name="head", kernel_init=self.kernel_init, **types)(x)
+        return dense(self.classes, name="head")(x)
 
 
 class _Block(nn.Module):
@@ -83,7 +85,9 @@ class _Block(nn.Module):
     stride: int
     first: bool
     """Whether a stage begins with it."""
+    reduction: int | None
     activation: Callable[[Array], Array]
+    dense: Any
     conv: Any
     norm: Any
 
@@ -99,6 +103,7 @@ class _Block(nn.Module):
             stride = self.stride if k == halving else 1
             y = self.conv(width, (side, side), strides=stride, padding=side // 2, name=f"conv_{k}")(y)
             y = self.norm(name=f"norm_{k}")(y)
+        y = y if self.reduction is None else self._scaled(y)
         if self.first and (self.stride > 1 or len(sides) == 3 or x.shape != y.shape):
             x = self.conv(self.widths[-1], (1, 1), strides=self.stride, padding=0, name="shortcut")(x)
             x = self.norm(name="shortcut_norm")(x)
@@ -107,6 +112,13 @@ class _Block(nn.Module):
                 f"{self.name} takes {x.shape[-1]} channels and puts out {y.shape[-1]}; the blocks of a stage end alike"
             )
         return self.activation(x + y)
+
+    def _scaled(self, y: Array) -> Array:
+        hidden = y.shape[-1] // self.reduction
+        if hidden < 1:
+            raise ValueError(f"squeeze_excitation={self.reduction} leaves no unit of the {y.shape[-1]} channels of {self.name}")
+        scale = self.activation(self.dense(hidden, name="squeeze")(y.mean((1, 2), keepdims=True)))
+        return y * nn.sigmoid(self.dense(y.shape[-1], name="excite")(scale))
 
 
 def _published(depth: int) -> Sequence[Sequence[Sequence[int]]]:

@@ -1,13 +1,13 @@
 """VGG networks, with every width as a field."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxopt_lab.core.types import Array
 from jaxopt_lab.nets import initializers
+from jaxopt_lab.nets.blocks import layers
 
 __all__ = ["VGG"]
 
@@ -53,13 +53,11 @@ class VGG(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        options = {"kernel_init": self.kernel_init, **types}
-        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=self.momentum, **types)
+        dense, conv, norm = layers(self, train)
         sides = x.shape[1:3]
         for s, stage in enumerate(self.widths):
             for k, width in enumerate(stage):
-                x = nn.Conv(width, (3, 3), padding=1, name=f"stage_{s}_conv_{k}", **options)(x)
+                x = conv(width, (3, 3), padding=1, use_bias=True, name=f"stage_{s}_conv_{k}")(x)
                 x = self.activation(norm(name=f"stage_{s}_norm_{k}")(x) if self.batch_norm else x)
             if min(x.shape[1:3]) < 2:
                 raise ValueError(
@@ -68,6 +66,6 @@ class VGG(nn.Module):
             x = nn.max_pool(x, (2, 2), strides=(2, 2))
         x = x.reshape(x.shape[0], -1)
         for k, width in enumerate(self.features):
-            x = self.activation(nn.Dense(width, name=f"dense_{k}", **options)(x))
+            x = self.activation(dense(width, name=f"dense_{k}")(x))
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return nn.Dense(self.classes, name="head", **options)(x)
+        return dense(self.classes, name="head")(x)

@@ -54,9 +54,7 @@ def mean_inputs(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any
         total, times = state
 
         def product(weight: Array, x: Array) -> Array:
-            operands = (weight, x) if site.operand == 0 else (x, weight)
-            params = {**site.params, "preferred_element_type": None}
-            return jnp.sum(_PRIMITIVES[site.primitive].bind(*operands, **params))
+            return jnp.sum(site._replace(params={**site.params, "preferred_element_type": None}).product(x, weight))
 
         weight, x = jnp.zeros(live.weight.shape), jnp.abs(live.input.astype(jnp.float32))
         return total + jax.grad(product)(weight, x), times + jax.grad(product)(weight, jnp.ones_like(x))
@@ -68,9 +66,6 @@ def mean_inputs(apply: Callable[..., Any], params: PyTree, batches: Iterable[Any
         sums.setdefault(site.path, []).append(tuple(_stored(site.view, value, site.parameter.shape) for value in state))  # pyright: ignore
     totals = {path: jax.tree.map(lambda *each: functools.reduce(operator.add, each), *own) for path, own in sums.items()}
     return {path: total / jnp.maximum(times, 1) for path, (total, times) in totals.items()}
-
-
-_PRIMITIVES = {"dot_general": jax.lax.dot_general_p, "conv_general_dilated": jax.lax.conv_general_dilated_p}
 
 
 def _stored(steps: Sequence[Step], value: Array, shape: tuple[int, ...]) -> Array:

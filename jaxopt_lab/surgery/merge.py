@@ -443,8 +443,6 @@ def _as_convolution(link: Link) -> _Way | str:
     return _Way(link, shape, macs, weight, lambda x, w: _product(merged, x, w))
 
 
-_PRIMITIVES = {"dot_general": lax.dot_general_p, "conv_general_dilated": lax.conv_general_dilated_p}
-
 # What may be done to a stored weight of which one axis gets another length.
 _VIEWS = frozenset(("broadcast_in_dim", "convert_element_type", "copy", "name", "reshape", "rev", "squeeze", "transpose"))
 
@@ -479,8 +477,7 @@ def _through(site: Site, x: Array, axis: int) -> Array:
 
 def _product(site: Site, x: Array, w: Any) -> Array:
     """The product of a site, of other operands."""
-    operands = {site.other: x.astype(site.input.dtype), site.operand: w.astype(site.weight.dtype)}
-    return _PRIMITIVES[site.primitive].bind(operands[0], operands[1], **site.params)
+    return site.product(x.astype(site.input.dtype), w.astype(site.weight.dtype))
 
 
 def _mixed(w: Array, matrix: Array, axis: int) -> Array:

@@ -1,6 +1,5 @@
 """The vision transformer: the published count, numpy's forward pass, what it is indifferent to, types, bad fields."""
 
-import functools
 import math
 
 import jax
@@ -12,8 +11,6 @@ from jaxopt_lab import compress, nets, tree
 
 KEY = jax.random.key(0)
 SMALL = nets.VisionTransformer(patch=2, width=6, depth=1, heads=2, mlp_width=5, classes=3)
-
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
 
 
 def made(module, *shape):
@@ -81,16 +78,16 @@ def test_as_numpy_computes_it(class_token):
     module = SMALL.clone(class_token=class_token, depth=2)
     model, variables, x = made(module, 2, 4, 6, 2)
     wanted = [forward(jax.tree.map(np.asarray, variables["params"]), image, module) for image in np.asarray(x)]
-    found = _jit(model.predict)(variables, x)
+    found = jax.jit(model.predict)(variables, x)
     np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-5)
     # Each image by itself, as under vmap.
-    alone = _jit(jax.vmap(lambda image: model.predict(variables, image[None])[0]))(x)
+    alone = jax.jit(jax.vmap(lambda image: model.predict(variables, image[None])[0]))(x)
     np.testing.assert_allclose(alone, found, rtol=2e-4, atol=2e-5)
 
 
 def test_patches_that_move_with_their_positions_change_nothing():
     model, variables, x = made(SMALL, 1, 4, 4, 1)
-    predict = _jit(model.predict)
+    predict = jax.jit(model.predict)
     position = variables["params"]["position"]
     # The two rows of patches change places, and so do their positions behind the token's.
     turned = {"params": {**variables["params"], "position": position[:, np.array([0, 3, 4, 1, 2])]}}
@@ -101,16 +98,16 @@ def test_patches_that_move_with_their_positions_change_nothing():
 
 def test_a_missing_channel_axis_is_one_channel():
     model, variables, x = made(SMALL, 1, 4, 4, 1)
-    predict = _jit(model.predict)
+    predict = jax.jit(model.predict)
     np.testing.assert_array_equal(predict(variables, x[..., 0]), predict(variables, x))
 
 
 def test_dropout_acts_in_training_only():
     model, variables, x = made(SMALL.clone(dropout=0.5), 2, 4, 4, 1)
-    train = _jit(jax.vmap(lambda key: model.apply(variables, x, train=True, key=key)[0]))
+    train = jax.jit(jax.vmap(lambda key: model.apply(variables, x, train=True, key=key)[0]))
     outputs = train(jax.random.split(KEY, 2))
     assert (outputs[0] != outputs[1]).any()
-    assert not np.allclose(outputs[0], _jit(model.predict)(variables, x))
+    assert not np.allclose(outputs[0], jax.jit(model.predict)(variables, x))
 
 
 def test_types_of_parameters_and_of_computation():
@@ -129,24 +126,26 @@ def test_types_of_parameters_and_of_computation():
 def test_bfloat16_is_near_float32():
     model, variables, x = made(SMALL, 2, 4, 4, 1)
     half = nets.from_linen(SMALL.clone(dtype=jnp.bfloat16))
-    wanted = np.asarray(_jit(model.predict)(variables, x))
-    np.testing.assert_allclose(np.asarray(_jit(half.predict)(variables, x), np.float32), wanted, atol=0.05 * np.abs(wanted).max())
+    wanted = np.asarray(jax.jit(model.predict)(variables, x))
+    np.testing.assert_allclose(
+        np.asarray(jax.jit(half.predict)(variables, x), np.float32), wanted, atol=0.05 * np.abs(wanted).max()
+    )
 
 
 def test_every_weight_is_a_kernel_that_is_stored_in_few_bits():
     model, variables, x = made(SMALL, 2, 4, 4, 1)
-    stored = _jit(compress.quantize)(variables)
+    stored = jax.jit(compress.quantize)(variables)
     kernels = tree.selected(stored, "**/kernel")
     assert len(kernels) == 6 * SMALL.depth + 2
     # One scale for each output of a dense layer: nothing that heads or pixels share.
     assert all(leaf.scale.shape == (1, leaf.shape[1]) for leaf in kernels.values())
-    wanted = _jit(lambda v: model.predict(compress.decompress(v), x))(stored)
-    np.testing.assert_allclose(_jit(compress.lift(model.predict))(stored, x), wanted, rtol=1e-4, atol=1e-5)
+    wanted = jax.jit(lambda v: model.predict(compress.decompress(v), x))(stored)
+    np.testing.assert_allclose(jax.jit(compress.lift(model.predict))(stored, x), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_every_parameter_has_a_gradient():
     model, variables, x = made(SMALL, 2, 4, 4, 1)
-    grads = _jit(jax.grad(lambda v: jnp.sum(jnp.sin(model.predict(v, x)))))(variables)
+    grads = jax.jit(jax.grad(lambda v: jnp.sum(jnp.sin(model.predict(v, x)))))(variables)
     flat = jax.tree_util.tree_leaves_with_path(grads)
     # A bias of the keys adds the same to all scores of a query, which the softmax takes away again.
     assert all(np.abs(leaf).max() > 1e-5 for path, leaf in flat if "'key'" not in jax.tree_util.keystr(path[:-1]))

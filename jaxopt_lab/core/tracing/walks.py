@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 from jax.extend.core import jaxprs_in_params
 
 from jaxopt_lab.core.tracing import views
@@ -74,6 +75,12 @@ class Site(NamedTuple):
     def repeats(self) -> int:
         """How often it runs for certain: the product of the lengths of the scans around it."""
         return math.prod(scan.length for scan in self.scans)
+
+    def product(self, input: Any, weight: Any) -> Any:
+        """What it makes of other operands, or of operands of other shapes; of a matrix product or a convolution."""
+        operands = {self.other: input, self.operand: weight}
+        primitive = lax.dot_general_p if self.primitive == "dot_general" else lax.conv_general_dilated_p
+        return primitive.bind(operands[0], operands[1], **self.params)
 
 
 class Cost(NamedTuple):
