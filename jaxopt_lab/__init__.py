@@ -16,7 +16,7 @@ The floors, each of which imports only lower ones (a test walks the imports):
     1  prune         criterion x distribution x pattern, and the wrapper `sparsify`
     1  compress      compressed leaves, and `lift`: the same function on a compressed tree; calibration, rounding, training
     1  nets          Flax modules with width and depth as fields, and the `Model` pair
-    2  surgery       the same function in another shape: slimmed by coupled channels, BatchNorm folded
+    2  surgery       the same function in another shape: slimmed, widened, deepened, folded, merged
     2  checkpoint    trees on Orbax with a manifest, restored without a target
     2  data          arrays, data sets, batches as f(seed, step)
     3  train         state, step, loop, evaluation

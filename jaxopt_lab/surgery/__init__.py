@@ -5,7 +5,9 @@ from jaxopt_lab.surgery.align import Alignment, align
 from jaxopt_lab.surgery.budgets import Budget, macs, milliseconds, parameters
 from jaxopt_lab.surgery.coupled import Coupling, Group, Member, Protected, coupled_channels
 from jaxopt_lab.surgery.criteria import Criterion, activation, fisher, geometric_median, magnitude, random, scales, taylor
+from jaxopt_lab.surgery.deepen import deepen
 from jaxopt_lab.surgery.fold import Fold, FoldPlan, fold_batch_norm
+from jaxopt_lab.surgery.layers import LayerPlan, drop_layers, stack_layers
 from jaxopt_lab.surgery.merge import Apart, Merge, MergePlan, merge_linear
 from jaxopt_lab.surgery.plan import Plan, mask
 from jaxopt_lab.surgery.ranking import Ranking, global_, isomorphic, local
@@ -24,6 +26,7 @@ __all__ = [
     "Fold",
     "FoldPlan",
     "Group",
+    "LayerPlan",
     "Member",
     "Merge",
     "MergePlan",
@@ -36,6 +39,8 @@ __all__ = [
     "add_tasks",
     "align",
     "coupled_channels",
+    "deepen",
+    "drop_layers",
     "fisher",
     "fold_batch_norm",
     "geometric_median",
@@ -56,6 +61,7 @@ __all__ = [
     "scales",
     "slim",
     "soup",
+    "stack_layers",
     "task_vector",
     "taylor",
     "transfer",

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from jaxopt_lab.core.files import write
 from jaxopt_lab.core.tracing.fingerprint import Fingerprint
 from jaxopt_lab.core.tracing.programs import arrays_of
 from jaxopt_lab.core.types import Array, PyTree
-from jaxopt_lab.prune.state import PackedMask, pack, unpack
 from jaxopt_lab.surgery.coupled import walked
+from jaxopt_lab.surgery.states import Source, beginning, of_parameter, state_of
 
 __all__ = ["Plan", "bound", "mask"]
 
@@ -156,29 +156,20 @@ class Plan:
         [1.0, 3.0]
         """
 
-        def loose(state: PyTree) -> PyTree:
-            return jax.tree.map(unpack, state, is_leaf=_is_packed)
-
-        seen, dense, _ = tree.flatten(params)
-        places = dict(zip(seen, self._paths(seen), strict=True))
-        values = {places[name]: leaf for name, leaf in zip(seen, dense, strict=True)}
-        names, old, treedef = tree.flatten(loose(state))
-        _, new, expected = tree.flatten(loose(tx.init(self.cut(params))))
-        if treedef != expected:
-            raise ValueError("the state is not one of this optimiser on these parameters: their structures differ")
-        first = tree.flatten(loose(tx.init(params)))[1] if self.shares else old
-        out, begun = [], []
-        packed = [_is_packed(leaf) for leaf in jax.tree.leaves(state, is_leaf=_is_packed)]
-        for name, before, after, begin, whole in zip(names, old, new, first, packed, strict=True):
-            path = _of_parameter(name, places)
-            own = self._of_state(path, jnp.shape(before), jnp.shape(after))
-            begun += [name] if own is None else []
-            smaller = after if own is None else taken(before, own)
-            # An average of the parameters, which begins as they do, is shared by copies as they are.
-            if path in self.shares and jnp.shape(before) == self.shapes[path] and np.array_equal(begin, values[path]):
-                smaller = self._shared(path, smaller)
-            out.append(pack(smaller) if whole else smaller)
-        return jax.tree.unflatten(treedef, out), tuple(begun)
+        seen = tree.paths(params)
+        begin = beginning(seen, self.shapes)
+        own = {name: begin + name for name in seen}
+        sources = {name: Source(name, self.kept[path]) for name, path in own.items() if path in self.kept}
+        small, begun = state_of(tx, state, params, self.cut(params), sources)
+        if not self.shares:
+            return small, begun
+        # An average of the parameters, which begins as they do, is shared by copies as they are.
+        values, (names, leaves, treedef) = dict(zip(*tree.flatten(params)[:2], strict=True)), tree.flatten(small)
+        for k, (name, first) in enumerate(zip(names, tree.flatten(tx.init(params))[1], strict=True)):
+            found = of_parameter(name, own)
+            if found is not None and np.shape(first) == np.shape(values[found[1]]) and np.array_equal(first, values[found[1]]):
+                leaves[k] = self._shared(own[found[1]], leaves[k])
+        return jax.tree.unflatten(treedef, leaves), begun
 
     def then(self, other: "Plan") -> "Plan":
         """The plan of this surgery and another one of the smaller tree after it.
@@ -283,21 +274,10 @@ class Plan:
     def _small(self, path: str) -> tuple[int, ...]:
         return tuple(len(own) for own in self._axes(path))
 
-    def _paths(self, names: Sequence[str]) -> list[str]:
-        """The paths in the plan of the leaves of a tree: the whole one, or a subtree, whose paths all lack the same beginning."""
-        begins = {path[: len(path) - len(names[0])] for path in self.shapes if path.endswith(f"/{names[0]}")} if names else set()
-        fitting = [begin for begin in ("", *sorted(begins)) if all(begin + name in self.shapes for name in names)]
-        if not fitting:
-            odd = next((name for name in names if name not in self.shapes), "")
-            raise ValueError(f"{odd} is no parameter of the plan")
-        if len(fitting) > 1 and fitting[0]:
-            raise ValueError(f"{names[0]} may be {' or '.join(begin + names[0] for begin in fitting)}: pass the whole tree")
-        return [fitting[0] + name for name in names]
-
     def _each(self, params: PyTree, shape_of: Callable[[str], tuple[int, ...]], change: Callable[[str, Any], Any]) -> PyTree:
         """The tree with `change(path, array)` for each of its arrays, whose shapes have to be those that the plan says."""
         names, (arrays, rebuilt) = _names(params), arrays_of(params)
-        paths = self._paths(names)
+        paths = [beginning(names, self.shapes) + name for name in names]
         for name, path, array in zip(names, paths, arrays, strict=True):
             if tuple(array.shape) != shape_of(path):
                 raise ValueError(f"{name} has shape {tuple(array.shape)}, and the plan is for {shape_of(path)}")
@@ -317,30 +297,6 @@ class Plan:
             return array
         return jnp.zeros(self.shapes[path], array.dtype).at[np.ix_(*self._axes(path))].set(array)
 
-    def _of_state(self, path: str | None, before: tuple[int, ...], after: tuple[int, ...]) -> list[np.ndarray] | None:
-        """What is kept of an array in an optimiser's state, for each of its axes; None where that cannot be told."""
-        if path is None:
-            return [np.arange(n) for n in before] if before == after else None
-        shape, axes = self.shapes[path], self._axes(path)
-        further = len(before) - len(shape)
-        if further >= 0 and all(n in (1, m) for n, m in zip(before[further:], shape, strict=True)):
-            own = [left if n == m else np.arange(1) for n, m, left in zip(before[further:], shape, axes, strict=True)]
-            own = [*(np.arange(n) for n in before[:further]), *own]
-        elif before == after:
-            own = [np.arange(n) for n in before]
-        else:
-            without = [k for k in range(len(shape)) if shape[:k] + shape[k + 1 :] == before]
-            fitting = [[*axes[:k], *axes[k + 1 :]] for k in without]
-            fitting = [own for own in fitting if tuple(map(len, own)) == after]
-            if not fitting or any(not all(map(np.array_equal, fitting[0], other)) for other in fitting[1:]):
-                return None
-            own = fitting[0]
-        return own if tuple(map(len, own)) == after else None
-
-
-def _is_packed(node: Any) -> bool:
-    return isinstance(node, PackedMask)
-
 
 def _is_part(own: np.ndarray, n: int) -> bool:
     return own.ndim == 1 and own.size > 0 and own.min() >= 0 and own.max() < n
@@ -354,18 +310,6 @@ def _names(params: PyTree) -> list[str]:
     """The paths of the arrays in a tree."""
     names, leaves, _ = tree.flatten(params)
     return [name for name, leaf in zip(names, leaves, strict=True) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
-
-
-def _of_parameter(name: str, places: Mapping[str, str]) -> str | None:
-    """The path in the plan of the parameter that an array of a state belongs to: the longest one that its own ends in."""
-    parts = name.split("/")
-    while True:
-        for start in range(len(parts)):
-            if (path := places.get("/".join(parts[start:]))) is not None:
-                return path
-        if not parts or not parts[-1].isdigit():
-            return None
-        parts.pop()
 
 
 def mask(params: PyTree, plan: Plan) -> PyTree:

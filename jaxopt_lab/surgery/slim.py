@@ -171,10 +171,10 @@ def _within(
     limits = [budget.limit(apply, params, example) for budget in budgets]
 
     def over(plan: Plan) -> list[str]:
-        small, bound = jax.eval_shape(plan.cut, params), plan.bind(apply, same=False)
+        small, small_apply = jax.eval_shape(plan.cut, params), plan.bind(apply, same=False)
         said = []
         for budget, limit in zip(budgets, limits, strict=True):
-            cost = budget.cost(bound, plan.cut(params) if budget.measures else small, example)
+            cost = budget.cost(small_apply, plan.cut(params) if budget.measures else small, example)
             if cost > limit:
                 said.append(f"{cost:.6g} {budget.unit}, and {limit:.6g} are the most")
         return said

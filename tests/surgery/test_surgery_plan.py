@@ -210,3 +210,14 @@ def _branching(params, x):
 def test_functions_that_cannot_be_traced(apply, x, error, message):
     with pytest.raises(error, match=message):
         slim(apply, PARAMS, x, ratio=0.5)
+
+
+def test_dropout_drops_of_what_is_left_what_it_would_have_dropped():
+    model = nets.from_linen(nets.MLP((8, 8), classes=3, dropout=0.5))
+    variables = jax.jit(model.init)(jax.random.key(0), X)
+    small_model, small, plan = slim(model, variables, X, ratio=0.5)
+    key = jax.random.key(7)
+    got, _ = jax.jit(lambda small: small_model.apply(small, X, train=True, key=key))(small)
+    want, _ = jax.jit(lambda variables: model.apply(variables, X, train=True, key=key))(mask(variables, plan))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert float(jnp.abs(got - small_model.predict(small, X)).max()) > 0.01

@@ -160,3 +160,23 @@ def test_what_cannot_be_widened_is_said(apply, width, message):
 def test_a_mean_stays_where_all_are_copied_alike():
     _, wide, _ = widen(_normed, PARAMS, X, width={"a[1]": 8})
     assert wide["a"].shape == (3, 8)
+
+
+def _sliced(params, x):
+    h = x @ params["a"]
+    return jnp.concatenate([jnp.tanh(h[:, :2]) * jax.nn.sigmoid(h[:, 2:])[:, ::-1], h[:, 1::2]], axis=1) @ params["c"]
+
+
+def _heads(params, x):
+    h = jnp.tanh(x @ params["a"]).reshape(-1, 2, 2)
+    scores = jnp.einsum("nhd,mhd->hnm", h, h)
+    return jnp.einsum("hnm,mhd->nhd", jax.nn.softmax(scores), h).reshape(-1, 4) @ params["b"]
+
+
+@pytest.mark.parametrize(("apply", "c"), [(_sliced, _normal(4, 2)), (_heads, _normal(5, 2))])
+@pytest.mark.parametrize("factor", [1.5, 3])
+def test_copies_through_slices_and_heads(apply, c, factor):
+    params = {**PARAMS, "c": c}
+    wide_apply, wide, _ = widen(apply, params, X, width={"a[1]": int(2 * factor)}, key=KEY)
+    assert wide["a"].shape == (3, int(2 * factor) * 2)
+    np.testing.assert_allclose(jax.jit(wide_apply)(wide, X), apply(params, X), rtol=1e-5, atol=1e-5)

@@ -7,6 +7,10 @@ import numpy as np
 __all__ = ["Labels"]
 
 
+_FIXED, _COUNTED, _FORCED, _OWNED, _BLOCKED = range(5)
+"""Never cut; never cut unless forced; forced; an index of a parameter; copied together with its neighbours that are one with it."""
+
+
 class Labels:
     """Labels are whole numbers; those that were united are kept or cut together, and those that are fixed are never cut.
 
@@ -25,8 +29,8 @@ class Labels:
 
     def __init__(self):
         self._parent = np.arange(1024)
-        # By root: never cut; never cut unless forced; of a parameter; forced.
-        self._fixed, self._counted, self._owned, self._forced = (np.zeros(1024, bool) for _ in range(4))
+        # By root, the rows named below.
+        self._flags = np.zeros((5, 1024), bool)
         self._count = 0
         self._reasons: list[tuple[np.ndarray, str]] = []
         self._suspected: list[tuple[tuple[np.ndarray, ...], str]] = []
@@ -36,9 +40,7 @@ class Labels:
         n = int(np.prod(shape, dtype=np.int64))
         while self._count + n > len(self._parent):
             self._parent = np.concatenate([self._parent, np.arange(len(self._parent), 2 * len(self._parent))])
-            self._fixed, self._counted, self._owned, self._forced = (
-                np.concatenate([flags, np.zeros_like(flags)]) for flags in (self._fixed, self._counted, self._owned, self._forced)
-            )
+            self._flags = np.concatenate([self._flags, np.zeros_like(self._flags)], axis=1)
         first, self._count = self._count, self._count + n
         return np.arange(first, self._count).reshape(shape)
 
@@ -63,7 +65,7 @@ class Labels:
             low, high = np.minimum(a, b), np.maximum(a, b)
             # Where several lows meet one high, the least wins, and the others come round again.
             np.minimum.at(self._parent, high, low)
-        for flags in (self._fixed, self._counted, self._owned, self._forced):
+        for flags in self._flags:
             np.logical_or.at(flags, self.root(met), flags[met])
 
     def fix(self, labels: np.ndarray, reason: str, *, counted: bool = False) -> None:
@@ -72,20 +74,28 @@ class Labels:
         A reason that was given before stands.
         """
         roots = np.unique(self.root(labels))
-        (self._counted if counted else self._fixed)[roots] = True
+        self._flags[_COUNTED if counted else _FIXED, roots] = True
         self._reasons.append((roots, reason))
 
     def force(self, labels: np.ndarray) -> None:
         """Labels are cut though each of them counts for something."""
-        self._forced[self.root(labels)] = True
+        self._flags[_FORCED, self.root(labels)] = True
+
+    def block(self, labels: np.ndarray) -> None:
+        """Labels that are one and lie side by side, such as those of a head, are copied together, not each by itself."""
+        self._flags[_BLOCKED, self.root(labels)] = True
+
+    def is_block(self, labels: np.ndarray) -> np.ndarray:
+        """Which labels are copied together with those at their side that are one with them."""
+        return self._flags[_BLOCKED, self.root(labels)]
 
     def own(self, labels: np.ndarray) -> None:
         """Labels stand for indices of a parameter."""
-        self._owned[self.root(labels)] = True
+        self._flags[_OWNED, self.root(labels)] = True
 
     def is_owned(self, labels: np.ndarray) -> np.ndarray:
         """Which labels stand for indices of a parameter."""
-        return self._owned[self.root(labels)]
+        return self._flags[_OWNED, self.root(labels)]
 
     def suspect(self, summed: tuple[np.ndarray, ...], reason: str) -> None:
         """Labels are fixed in the end, unless what was made of them turns out to be a mean (`settle`)."""
@@ -105,7 +115,7 @@ class Labels:
     def is_fixed(self, labels: np.ndarray) -> np.ndarray:
         """Which labels are never cut."""
         roots = self.root(labels)
-        return self._fixed[roots] | (self._counted[roots] & ~self._forced[roots])
+        return self._flags[_FIXED, roots] | (self._flags[_COUNTED, roots] & ~self._flags[_FORCED, roots])
 
     def reason(self, label: int) -> str:
         """Why a label is fixed: the first reason that was given for any of those that are one with it."""

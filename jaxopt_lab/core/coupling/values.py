@@ -118,6 +118,8 @@ def separated(
             labels.fix(field.labels, "single entries of it are taken out")
         others = tuple(k for k in range(field.labels.ndim) if k != carrier)
         labels.all_one(field.labels, others)
+        if any(k > carrier for k in long):
+            labels.block(field.labels)
         for k, a in enumerate(field.axes):
             if k == carrier:
                 fields.append(Field((a,), field.labels[tuple(slice(None) if j == k else 0 for j in range(field.labels.ndim))]))
@@ -238,7 +240,7 @@ def _flat(labels: Labels, value: Value, axes: Sequence[int]) -> np.ndarray:
 def kept(labels: Labels, copies: np.ndarray, value: Value) -> list[np.ndarray]:
     """For each axis of a value the indices that are left, in order; those of which there are several stand there as often.
 
-    Indices next to each other that are one unit, such as those of a head, are copied together.
+    Whole slices next to each other that are one unit, such as a head, are copied together.
 
     Args:
       labels: all of them.
@@ -264,7 +266,8 @@ def kept(labels: Labels, copies: np.ndarray, value: Value) -> list[np.ndarray]:
                 found[a] = np.flatnonzero(along)
             else:
                 roots = labels.root(own).min(axis=others)
-                runs = np.split(np.arange(len(along)), np.flatnonzero(np.diff(roots)) + 1)
+                apart = (np.diff(roots) != 0) | ~labels.is_block(roots[1:])
+                runs = np.split(np.arange(len(along)), np.flatnonzero(apart) + 1)
                 found[a] = np.concatenate([np.tile(run, along[run[0]]) for run in runs])
         if math.prod(len(found[a]) for a in axes) != left.sum():
             raise ValueError(f"what is kept of axes {axes} of a value of shape {value.shape} is no rectangle")

@@ -9,7 +9,7 @@ import jax
 from jax.extend.core import Literal
 
 from jaxopt_lab.core import tree
-from jaxopt_lab.core.tracing.programs import Program
+from jaxopt_lab.core.tracing.programs import FORMS, Program
 
 __all__ = [
     "CALLS",
@@ -21,6 +21,7 @@ __all__ = [
     "body_of",
     "carry_of",
     "elementwise",
+    "inlined",
     "is_key",
     "next_values",
     "opened",
@@ -219,7 +220,12 @@ def opened(jaxpr: Any) -> tuple[list[Any], list[Any], Sequence[Any], Sequence[An
 
 
 def is_key(value: Any) -> bool:
-    """Whether a variable holds keys of random numbers, and says so by its type."""
+    """Whether a variable holds keys of random numbers, and says so by its type.
+
+    >>> import jax
+    >>> [is_key(v) for v in jax.make_jaxpr(jax.random.bits)(jax.random.key(0)).jaxpr.invars]
+    [True]
+    """
     return jax.dtypes.issubdtype(value.aval.dtype, jax.dtypes.prng_key)
 
 
@@ -277,6 +283,39 @@ def _level(
             for v in variables(eqns[number]):
                 last.setdefault(v, number)
     return Level(address, inputs, eqns, results, labels, live[::-1], last, raw_keys(jaxpr), elsewhere, outer)
+
+
+def inlined(program: Program) -> Program:
+    """The same program without calls of compiled functions: what they call stands in their place.
+
+    So a function is the same, compiled or not.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxopt_lab.core.tracing import programs
+    >>> program, _ = programs.trace(jax.jit(lambda p, x: jnp.sin(x) + p), jnp.ones(()), jnp.ones(()))
+    >>> len(program.jaxpr.eqns), [eqn.primitive.name for eqn in inlined(program).jaxpr.eqns]
+    (1, ['sin', 'add'])
+    """
+    jaxpr = jax.make_jaxpr(lambda *arrays: _in_line(program.jaxpr, arrays)[0])(*program.jaxpr.in_avals)
+    return program._replace(jaxpr=jaxpr)
+
+
+def _in_line(jaxpr: Any, values: Sequence[Any], states: Any = None) -> tuple[list[Any], Any]:
+    constants, inputs, eqns, results = opened(jaxpr)
+    env = dict(constants) | dict(zip(inputs, values, strict=True))
+    for eqn in eqns:
+        given = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
+        with eqn.ctx.manager:
+            if eqn.primitive.name == "jit":
+                run = FORMS["jit"].run
+                assert run is not None
+                out, _ = run(eqn, given, states, lambda _, jaxpr, values, states: _in_line(jaxpr, values, states), set())
+            else:
+                out = eqn.primitive.bind(*given, **eqn.primitive.get_bind_params(eqn.params))
+                out = out if eqn.primitive.multiple_results else [out]
+        env.update(zip(eqn.outvars, out, strict=True))
+    return [v.val if isinstance(v, Literal) else env[v] for v in results], states
 
 
 def next_values(program: Program) -> dict[int, int]:
@@ -339,7 +378,8 @@ def segment_after(level: Level, value: Any) -> Segment | None:
     number, end, depend = found
     equations = tuple(k for k in level.live if k <= number and not depend.isdisjoint(variables(level.eqns[k])))
     for eqn in (level.eqns[k] for k in equations):
-        foreign = any(v not in depend and level.labels[v].data for v in variables(eqn))
+        # What was drawn at random, to drop entries, say, is not other data.
+        foreign = any(v not in depend and level.labels[v].plain for v in variables(eqn))
         if foreign or not elementwise(eqn) or any(v.aval.shape != value.aval.shape for v in eqn.outvars):
             return None
     names = [name for k in equations for name in _names(level.eqns[k])]
