@@ -51,7 +51,7 @@ class Config:
     out: Path = Path("runs/slim")
     """Where the files of each seed, their stages.json and summary.json go."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    widths: tuple[int, ...] = (8, 16, 32)
+    widths: tuple[int, ...] = (16, 32, 64)
     """The channels of each stage of the dense network, which has one block a stage."""
     part: float = 0.25
     """Of the multiplications of a call on one image, what the slimmed network may take at most."""
@@ -64,8 +64,10 @@ class Config:
     """Of the dense training and of that from scratch: the peak of their schedules."""
     fine_learning_rate: float = 8e-3
     """Of the further passes: the peak of their schedule."""
-    scratch: bool = True
-    """Train the control from scratch, too."""
+    controls: bool = True
+    """Train dense on for the further passes, too, and a network of the slimmed shape from scratch."""
+    resume: bool = False
+    """Take the networks that an earlier run left in --out for what they are, and train those that are not there."""
     repeats: int = 30
     """Calls timed of each stage and batch size."""
     validation: bool = False
@@ -189,27 +191,29 @@ def one_seed(lab: Lab, seed: int, out: Path) -> list[Any]:
     config = lab.config
     fine = functools.partial(lab.train, seed=seed, rate=config.fine_learning_rate, epochs=config.fine_epochs)
 
-    def keep(name: str, model: Any, variables: Any) -> None:
+    def keep(name: str, model: Any, train: Callable[[], Any]) -> Any:
         file = out / name.replace(",", "").replace(" ", "_") / "model.packed"
-        checkpoint.save_packed(file, variables, overwrite=True)
-        # What is measured is what the file gives back.
+        if not (config.resume and file.exists()):
+            checkpoint.save_packed(file, train(), overwrite=True)
+        # What is measured, and trained on, is what the file gives back.
         variables = checkpoint.load_packed(file)
         extra = {"macs": lab.macs(model, variables), **({"aim": AIMS[name]} if name in AIMS else {})}
         rows.append(report.measure(name, model, variables, lab.data.test, directory=file.parent, batch_sizes=(), extra=extra))
         calls[name] = functools.partial(jax.jit(model.predict), variables)
         points = 100 * (rows[-1].accuracy - rows[0].accuracy)
         print(f"seed {seed}, {name}: {100 * rows[-1].accuracy:.2f} % ({points:+.2f})", file=sys.stderr, flush=True)
+        return variables
 
-    dense = lab.train(lab.model, seed, config.learning_rate, config.epochs)
-    keep("dense", lab.model, dense)
+    dense = keep("dense", lab.model, lambda: lab.train(lab.model, seed, config.learning_rate, config.epochs))
     model, small = lab.slim(dense)
-    keep("slimmed", model, small)
-    keep("slimmed, trained on", model, fine(model, variables=small))
+    keep("slimmed", model, lambda: small)
+    keep("slimmed, trained on", model, lambda: fine(model, variables=small))
     other, drawn = lab.slim(dense, surgery.random(jax.random.key(seed)))
-    keep("random, trained on", other, fine(other, variables=drawn))
-    if config.scratch:
-        passes = config.epochs + config.fine_epochs
-        keep("from scratch", model, lab.train(model, seed, config.learning_rate, passes, lab.drawn(model, seed)))
+    keep("random, trained on", other, lambda: fine(other, variables=drawn))
+    if config.controls:
+        keep("dense, trained on", lab.model, lambda: fine(lab.model, variables=dense))
+        scratch = functools.partial(lab.train, model, seed, config.learning_rate, config.epochs + config.fine_epochs)
+        keep("from scratch", model, lambda: scratch(lab.drawn(model, seed)))
     times = {size: report.in_turns(calls, lab.data.test["x"], size, config.repeats) for size in SIZES}
     return [timed(row, rows[0], times) for row in rows]
 
