@@ -33,6 +33,10 @@ def test_the_samples_run(tmp_path, monkeypatch, capsys):
     masked = names["lab"].surgery.mask(names["variables"], names["plan"])
     np.testing.assert_allclose(names["slim_logits"], jax.jit(names["model"].predict)(masked, digits.test["x"]), atol=1e-4)
     assert names["begun_anew"] == ()
+    for kind in ("wide", "deep"):
+        grown = jax.jit(names[f"{kind}_model"].predict)(names[f"{kind}_variables"], digits.test["x"])
+        np.testing.assert_allclose(grown, dense, atol=1e-4)
+        assert lab.tree.size(names[f"{kind}_variables"]) > 1.3 * lab.tree.size(names["variables"])
     assert "Dense_0/kernel" in capsys.readouterr().out
     assert int(names["state"].step) == int(state.step) + 1
     assert len(names["state"].params["Dense_0"]["kernel"].sharding.device_set) == jax.device_count()
