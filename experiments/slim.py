@@ -62,7 +62,7 @@ class Config:
     batch_size: int = 64
     learning_rate: float = 4e-3
     """Of the dense training and of that from scratch: the peak of their schedules."""
-    fine_learning_rate: float = 8e-3
+    fine_learning_rate: float = 1e-2
     """Of the further passes: the peak of their schedule."""
     controls: bool = True
     """Train dense on for the further passes, too, and a network of the slimmed shape from scratch."""

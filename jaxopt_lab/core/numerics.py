@@ -18,7 +18,7 @@ def wide(x: ArrayLike) -> Array:
     dtype('float32')
     """
     x = jnp.asarray(x)
-    return x if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize >= 4 else x.astype(jnp.float32)
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) and x.dtype.itemsize >= 4 else x.astype(jnp.float32)
 
 
 def land(params: PyTree, target: PyTree) -> PyTree:

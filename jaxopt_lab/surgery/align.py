@@ -14,6 +14,7 @@ from jaxopt_lab.core import tree
 from jaxopt_lab.core.tracing.programs import arrays_of
 from jaxopt_lab.core.types import Array, PyTree, Where
 from jaxopt_lab.surgery.coupled import Group, Member, coupled_channels
+from jaxopt_lab.surgery.probes import apart, probes
 
 __all__ = ["Alignment", "align"]
 
@@ -86,7 +87,7 @@ def align(
     linear assignment, until none gains; it is a local optimum.
 
     A unit that the program treats unlike its neighbours (a constant or an activation of its own) must not move: each group is tried
-    first, on the example, and left alone if the outputs change by more than rounding.
+    first, on the example and on drawn inputs like it, and left alone if the outputs change by more than rounding.
 
     Args:
       apply: `apply(params, *inputs) -> outputs`: `model.predict`, a Linen `module.apply`, a bare function.
@@ -221,30 +222,32 @@ def _gathered(leaves: list[Any], indices: list[dict[int, Any]]) -> list[Any]:
 def _movable(
     apply: Callable[..., Any], params: PyTree, example: tuple[Any, ...], groups: Sequence[Group], rng: np.random.Generator
 ) -> list[bool]:
-    """For each group whether its units can change places: tried in a circle, and at random."""
-    names, leaves, treedef = tree.flatten(params)
+    """For each group whether its units can change places: tried in a circle, and at random, on the example and others like it."""
+    arrays, rebuilt_params = arrays_of(params)
+    names = [name for name, leaf in zip(*tree.flatten(params)[:2], strict=True) if hasattr(leaf, "shape")]
     # Apart, so that nothing is alike by accident, as biases are at their start.
-    leaves = [_apart(np.asarray(leaf), rng) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) else leaf for leaf in leaves]
+    leaves = [_apart(np.asarray(leaf), rng) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) else leaf for leaf in arrays]
     shapes = {name: jnp.shape(leaf) for name, leaf in zip(names, leaves, strict=True)}
     inputs, rebuilt = arrays_of(example)
-    inputs = [_drawn(x, rng) if isinstance(x, jax.ShapeDtypeStruct) else x for x in inputs]
+    tried = probes(inputs, rng)
     places = {(member.path, member.axis) for group in groups for member in group.members}
     rest = {path: {axis: np.arange(shapes[path][axis]) for own, axis in sorted(places) if own == path} for path, _ in places}
 
     def outputs(leaves: list[Any], inputs: list[Any], indices: list[dict[int, Any]]) -> list[Array]:
         moved = [_moved(jnp.asarray(leaf), axes) if axes else leaf for leaf, axes in zip(leaves, indices, strict=True)]
-        out = apply(jax.tree.unflatten(treedef, moved), *rebuilt(inputs))
-        return [leaf for leaf in jax.tree.leaves(out) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        return jax.tree.leaves(apply(rebuilt_params(moved), *rebuilt(inputs)))
+
+    def run(indices: Mapping[str, dict[int, Any]]) -> list[list[Array]]:
+        return [compiled(leaves, inputs, [indices.get(name, {}) for name in names]) for inputs in tried]
 
     def changed(group: Group, order: np.ndarray) -> bool:
         moved = _indices(shapes, [group], [order])
-        whole = {path: {**axes, **moved.get(path, {})} for path, axes in rest.items()}
-        now = run(leaves, inputs, [whole.get(name, {}) for name in names])
-        return any(_differ(np.asarray(a), np.asarray(b), precision) for a, b in zip(before, now, strict=True))
+        # The first half of the digits that they have.
+        return apart(before, run({path: {**axes, **moved.get(path, {})} for path, axes in rest.items()})) > precision**0.5
 
-    run = jax.jit(outputs)
-    before = run(leaves, inputs, [rest.get(name, {}) for name in names])
-    precision = _precision(jax.make_jaxpr(outputs)(leaves, inputs, [{} for _ in names]).jaxpr)
+    compiled = jax.jit(outputs)
+    before = run(rest)
+    precision = _precision(jax.make_jaxpr(outputs)(leaves, tried[0], [{} for _ in names]).jaxpr)
     trials = [(np.roll(np.arange(group.units), 1), rng.permutation(group.units)) for group in groups]
     return [not any(changed(group, order) for order in own) for group, own in zip(groups, trials, strict=True)]
 
@@ -254,22 +257,8 @@ def _apart(leaf: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.where(leaf == 0, again, leaf * (1 + once)).astype(leaf.dtype)
 
 
-def _drawn(shape: jax.ShapeDtypeStruct, rng: np.random.Generator) -> np.ndarray:
-    floating = jnp.issubdtype(shape.dtype, jnp.inexact)
-    return (rng.normal(size=shape.shape) if floating else np.zeros(shape.shape)).astype(shape.dtype)
-
-
 def _precision(jaxpr: Any) -> float:
     """The largest rounding of any result in a program."""
     inner = [_precision(getattr(own, "jaxpr", own)) for eqn in jaxpr.eqns for own in jaxprs_in_params(eqn.params)]
     floats = [v.aval.dtype for eqn in jaxpr.eqns for v in eqn.outvars if jnp.issubdtype(getattr(v.aval, "dtype", int), jnp.inexact)]
     return max([*(float(jnp.finfo(dtype).eps) for dtype in set(floats)), *inner], default=0.0)
-
-
-def _differ(a: np.ndarray, b: np.ndarray, precision: float) -> bool:
-    """Whether two arrays differ in the first half of the digits that they have."""
-    wide = np.complex128 if np.iscomplexobj(a) else np.float64
-    a, b = a.astype(wide), b.astype(wide)
-    # What is infinite in both is alike.
-    apart, finite = a[a != b] - b[a != b], np.abs(a[np.isfinite(a)])
-    return apart.size > 0 and not np.max(np.abs(apart)) <= precision**0.5 * np.max(finite, initial=0.0)

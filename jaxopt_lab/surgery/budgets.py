@@ -9,6 +9,7 @@ import jax
 
 from jaxopt_lab.core import tree
 from jaxopt_lab.core.tracing import count
+from jaxopt_lab.core.tracing.programs import arrays_of
 from jaxopt_lab.core.types import PyTree
 
 __all__ = ["Budget", "macs", "milliseconds", "parameters"]
@@ -49,7 +50,7 @@ def parameters(most: int | None = None, *, part: float | None = None) -> Budget:
     >>> parameters(part=0.25).limit(lambda p, x: x, {"w": jax.numpy.ones(8)}, [])
     2.0
     """
-    return Budget("parameters", lambda apply, params, example: tree.size(params), *_checked("parameters", most, part))
+    return Budget("parameters", lambda apply, params, example: tree.size(arrays_of(params)[0]), *_checked("parameters", most, part))
 
 
 def macs(most: float | None = None, *, part: float | None = None) -> Budget:
@@ -91,10 +92,19 @@ def milliseconds(most: float | None = None, *, part: float | None = None, repeat
         raise ValueError(f"repeats={repeats} must be at least 1")
 
     def cost(apply: Callable[..., Any], params: PyTree, example: Sequence[Any]) -> float:
-        compiled, times = jax.jit(lambda params, example: apply(params, *example)), []
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((params, example))):
+            raise ValueError("milliseconds runs the model: give params and the example as arrays, and not as shapes")
+        arrays, rebuilt = arrays_of((params, tuple(example)))
+
+        @jax.jit
+        def compiled(arrays: Sequence[Any]) -> Any:
+            params, example = rebuilt(arrays)
+            return apply(params, *example)
+
+        times = []
         for k in range(repeats + 2):
             begin = time.perf_counter()
-            jax.block_until_ready(compiled(params, tuple(example)))
+            jax.block_until_ready(compiled(arrays))
             if k > 1:
                 times.append(1e3 * (time.perf_counter() - begin))
         return statistics.median(times)
@@ -105,7 +115,7 @@ def milliseconds(most: float | None = None, *, part: float | None = None, repeat
 def _checked(name: str, most: float | None, part: float | None) -> tuple[float | None, float | None]:
     if (most is None) == (part is None):
         raise ValueError(f"{name}: give the most, or a part of the whole: exactly one of the two")
-    if most is not None and most <= 0:
+    if most is not None and not most > 0:
         raise ValueError(f"{name}: the most must be above 0; got {most}")
     if part is not None and not 0 < part <= 1:
         raise ValueError(f"{name}: a part must lie in (0, 1]; got {part}")

@@ -13,7 +13,7 @@ from jaxopt_lab.core import tree
 from jaxopt_lab.core.coupling.walk import Walked, walk
 from jaxopt_lab.core.tracing.fingerprint import primitives
 from jaxopt_lab.core.tracing.levels import next_values
-from jaxopt_lab.core.tracing.programs import Program, arrays_of, trace
+from jaxopt_lab.core.tracing.programs import Program, arrays_of, like, trace
 from jaxopt_lab.core.types import PyTree, Where
 
 __all__ = ["Coupling", "Group", "Member", "Protected", "coupled_channels", "coupling_of", "walked"]
@@ -164,7 +164,7 @@ def walked(
         return walk(program, next_values(program), forced), inputs
     # Small, since a length may have a limit, and unlike each other and 1, which would be broadcast.
     numbers = dict(zip(sorted(symbols, key=str), (2, 3, 5, 7, 11, 13, 17, 19), strict=False))
-    sized = [jax.ShapeDtypeStruct([numbers.get(size, size) for size in array.shape], array.dtype) for array in arrays]
+    sized = [like(array, [numbers.get(size, size) for size in array.shape]) for array in arrays]
     other, _ = _traced(apply, dense, *rebuilt(sized))
     if primitives(other.jaxpr) != primitives(program.jaxpr):
         raise ValueError(

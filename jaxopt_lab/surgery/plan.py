@@ -20,10 +20,10 @@ from jaxopt_lab.core.coupling.values import kept
 from jaxopt_lab.core.coupling.walk import Walked, cut
 from jaxopt_lab.core.files import write
 from jaxopt_lab.core.tracing.fingerprint import Fingerprint
-from jaxopt_lab.core.tracing.programs import arrays_of
+from jaxopt_lab.core.tracing.programs import arrays_of, like
 from jaxopt_lab.core.types import Array, PyTree
 from jaxopt_lab.surgery.coupled import walked
-from jaxopt_lab.surgery.states import Source, beginning, of_parameter, state_of
+from jaxopt_lab.surgery.states import Source, beginning, of_parameters, state_of
 
 __all__ = ["Plan", "bound", "mask"]
 
@@ -68,6 +68,18 @@ class Plan:
         [[0.0, 1.0], [4.0, 5.0]]
         """
         return self._each(decompress(params), self.shapes.__getitem__, self._part)
+
+    def shapes_of(self, params: PyTree) -> PyTree:
+        """The shapes and dtypes of the smaller tree.
+
+        Args:
+          params: as `cut` takes it, or its shapes.
+
+        >>> Plan({"w": (3,)}, {"w": (np.array([0, 2]),)}).shapes_of({"w": jax.ShapeDtypeStruct((3,), "int8")})["w"].shape
+        (2,)
+        """
+        arrays, rebuilt = arrays_of(decompress(params))
+        return rebuilt([like(array, self._small(path)) for path, array in zip(_names(decompress(params)), arrays, strict=True)])
 
     def scatter(self, small: PyTree) -> PyTree:
         """The tree at full size again, with zeros where it was cut.
@@ -119,7 +131,7 @@ class Plan:
                 if array.shape != (own := self._small(name)):
                     raise ValueError(f"{name} has shape {array.shape}, and {own} is kept of it: pass plan.cut(params)")
             shapes = [self.shapes[name] for name in names]
-            full = rebuilt([jax.ShapeDtypeStruct(shape, array.dtype) for shape, array in zip(shapes, arrays, strict=True)])
+            full = rebuilt([like(array, shape) for shape, array in zip(shapes, arrays, strict=True)])
             found, inputs = walked(apply, full, args, kwargs, self.forced)
             copies = self.copies(found)
             if unseen and unseen[0].meets(full, *args, **kwargs):
@@ -165,8 +177,7 @@ class Plan:
             return small, begun
         # An average of the parameters, which begins as they do, is shared by copies as they are.
         values, (names, leaves, treedef) = dict(zip(*tree.flatten(params)[:2], strict=True)), tree.flatten(small)
-        for k, (name, first) in enumerate(zip(names, tree.flatten(tx.init(params))[1], strict=True)):
-            found = of_parameter(name, own)
+        for k, (found, first) in enumerate(zip(of_parameters(names, own), tree.flatten(tx.init(params))[1], strict=True)):
             if found is not None and np.shape(first) == np.shape(values[found[1]]) and np.array_equal(first, values[found[1]]):
                 leaves[k] = self._shared(own[found[1]], leaves[k])
         return jax.tree.unflatten(treedef, leaves), begun

@@ -81,8 +81,12 @@ def slim(
     ways = {"ratio": ratio, "keep": keep, "budget": budget}
     if sum(way is not None for way in ways.values()) != 1:
         raise ValueError(f"give exactly one of {', '.join(ways)}")
-    require(lambda n: n >= 1, "be at least 1", round_to=round_to)
+    require(lambda n: n >= 1 and n == int(n), "be a whole number of at least 1", round_to=round_to)
+    if keep is not None and round_to != 1:
+        raise ValueError(f"round_to={round_to} goes with a ratio or a budget; keep says how many units stay as they are to be")
     predict, dense = getattr(apply, "predict", apply), decompress(params)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(dense)):
+        raise ValueError("slim looks at weights to choose among them: give arrays; coupled_channels and tracing.count take shapes")
     forced = () if force is None else tuple(tree.selected(dense, force))
     found, _ = walked(predict, dense, example, forced=forced)
     made_of, coupling = fingerprint(predict, dense, *example), coupling_of(found)
@@ -114,7 +118,7 @@ def slim(
     if keep is not None:
         wanted = counts_of(groups, keep, "keep")
         for group, n in zip(groups, wanted, strict=True):
-            if not 1 <= n <= group.units:
+            if not 1 <= n <= group.units or n != int(n):
                 raise ValueError(f"keep={n} of {group.name}: give 1 to {group.units} units")
         plan = _plan(whole, groups, scores, wanted, 1)
     elif ratio is not None:
@@ -171,7 +175,7 @@ def _within(
     limits = [budget.limit(apply, params, example) for budget in budgets]
 
     def over(plan: Plan) -> list[str]:
-        small, small_apply = jax.eval_shape(plan.cut, params), plan.bind(apply, same=False)
+        small, small_apply = plan.shapes_of(params), plan.bind(apply, same=False)
         said = []
         for budget, limit in zip(budgets, limits, strict=True):
             cost = budget.cost(small_apply, plan.cut(params) if budget.measures else small, example)

@@ -105,7 +105,7 @@ def task_vector(fine: PyTree, base: PyTree) -> PyTree:
     Source: Ilharco et al., "Editing models with task arithmetic", 2023.
     """
     _check_alike("tree", [fine, base])
-    return jax.tree.map(lambda a, b: wide(a) - wide(b) if _is_floating(a) else jnp.zeros(0), fine, base)
+    return jax.tree.map(lambda a, b: wide(a) - wide(b) if _is_inexact(a) else jnp.zeros(0), fine, base)
 
 
 def add_tasks(base: PyTree, vectors: Sequence[PyTree], scale: float | Array | Sequence[float] = 1.0) -> PyTree:
@@ -183,12 +183,12 @@ def _scored(score: Callable[[PyTree], Any], params: PyTree, name: str) -> float:
     return value
 
 
-def _is_floating(leaf: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+def _is_inexact(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
 def _on_floats(function: Callable[..., Any], first: PyTree, *others: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf, *rest: function(leaf, *rest) if _is_floating(leaf) else leaf, first, *others)
+    return jax.tree.map(lambda leaf, *rest: function(leaf, *rest) if _is_inexact(leaf) else leaf, first, *others)
 
 
 def _check_alike(kind: str, trees: Sequence[PyTree], like: PyTree | None = None) -> None:
@@ -207,6 +207,6 @@ def _check_alike(kind: str, trees: Sequence[PyTree], like: PyTree | None = None)
         if treedef != structure:
             raise ValueError(f"{name} has the paths of {first} in other containers: {str(treedef)[:200]}")
         for path, leaf, other in zip(names, leaves, reference, strict=True):
-            free = like is not None and not _is_floating(other)
+            free = like is not None and not _is_inexact(other)
             if jnp.shape(leaf) != jnp.shape(other) and not free:
                 raise ValueError(f"{path} has shape {jnp.shape(leaf)} in {name}, and {jnp.shape(other)} in {first}")

@@ -13,7 +13,7 @@ from jaxopt_lab.core.coupling.primitives import taken
 from jaxopt_lab.core.types import PyTree
 from jaxopt_lab.prune.state import PackedMask, pack, unpack
 
-__all__ = ["Source", "beginning", "of_parameter", "of_state", "state_of"]
+__all__ = ["Source", "beginning", "of_parameters", "of_state", "state_of"]
 
 
 class Source(NamedTuple):
@@ -49,23 +49,41 @@ def beginning(names: Sequence[str], known: Collection[str]) -> str:
     return fitting[0]
 
 
-def of_parameter(name: str, known: Collection[str]) -> tuple[str, str, str] | None:
-    """What stands before the path of a parameter in the path of an array of a state, that path, and what stands behind it.
+def of_parameters(names: Sequence[str], known: Collection[str]) -> list[tuple[str, str, str] | None]:
+    """For every path of a state what stands in it before the path of a parameter, that path, and what stands behind it.
 
-    The path of the state ends as that of the parameter does, numbers after it aside; the longest counts. None where none does.
+    A path of a state ends as that of its parameter does, numbers after it aside; None where none does. Where several would do, as
+    where one parameter is `w` and another `mu/w`, what stands before has to stand before the most other parameters too; the longest
+    path counts among equals.
 
-    >>> of_parameter("0/mu/a/kernel/1", ["a/kernel", "kernel"])
-    ('0/mu/', 'a/kernel', '/1')
+    >>> of_parameters(["0/count", "0/mu/a/kernel/1"], ["a/kernel", "kernel"])
+    [None, ('0/mu/', 'a/kernel', '/1')]
+    >>> of_parameters(["0/mu/w", "0/mu/mu/w"], ["w", "mu/w"])
+    [('0/mu/', 'w', ''), ('0/mu/', 'mu/w', '')]
     """
-    end = name
-    while True:
-        parts = end.split("/")
-        for start in range(len(parts)):
-            if (path := "/".join(parts[start:])) in known:
-                return end[: len(end) - len(path)], path, name[len(end) :]
-        if len(parts) == 1 or not parts[-1].isdigit():
-            return None
-        end = end[: -len(parts[-1]) - 1]
+    stems = {stem for name in names for stem in _stems(name)}
+
+    def company(front: str) -> int:
+        return sum(front + path in stems for path in known)
+
+    found = []
+    for name in names:
+        ways = []
+        for end in _stems(name):
+            parts = end.split("/")
+            for start in range(len(parts)):
+                if (path := "/".join(parts[start:])) in known:
+                    ways.append((end[: len(end) - len(path)], path, name[len(end) :]))
+        found.append(ways[0] if len(ways) == 1 else max(ways, key=lambda way: (company(way[0]), len(way[1])), default=None))
+    return found
+
+
+def _stems(name: str) -> list[str]:
+    """A path, and what is left of it without the numbers at its end."""
+    stems = [name]
+    while "/" in stems[-1] and (cut := stems[-1].rsplit("/", 1))[1].isdigit():
+        stems.append(cut[0])
+    return stems
 
 
 def of_state(
@@ -132,8 +150,8 @@ def state_of(
     shapes, known = dict(zip(*tree.flatten(params)[:2], strict=True)), set(tree.paths(new))
     packed = [_is_packed(leaf) for leaf in jax.tree.leaves(began, is_leaf=_is_packed)]
     out, begun = [], []
-    for name, leaf, whole in zip(names, leaves, packed, strict=True):
-        value, anew = _from(name, old, known, sources, shapes, leaf)
+    for name, leaf, whole, own in zip(names, leaves, packed, of_parameters(names, known), strict=True):
+        value, anew = _from(name, own, old, sources, shapes, leaf)
         begun += [name] if anew else []
         out.append(pack(value) if whole else value)
     return jax.tree.unflatten(treedef, out), tuple(begun)
@@ -141,14 +159,14 @@ def state_of(
 
 def _from(
     name: str,
+    own: tuple[str, str, str] | None,
     old: Mapping[str, Any],
-    known: Collection[str],
     sources: Mapping[str, Source | None],
     shapes: Mapping[str, Any],
     leaf: Any,
 ) -> tuple[Any, bool]:
     """An array of the new state, of that name, and whether it begins as it is: there is nothing in the old one for it."""
-    own, after = of_parameter(name, known), jnp.shape(leaf)
+    after = jnp.shape(leaf)
     if own is None or own[1] not in sources:
         value = old.get(name)
         return (leaf, True) if value is None or jnp.shape(value) != after else (value, False)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxopt_lab.compress.lift import decompress
 from jaxopt_lab.core import tree
@@ -37,7 +38,8 @@ class Transfer(NamedTuple):
     Attributes:
       whole: paths of the target that were taken whole.
       parts: those of which a corner was taken.
-      unlike: those whose shape fits in no way, or only in part and that was not asked for; they kept their values.
+      unlike: those whose shape fits in no way, or only in part and that was not asked for, or whose numbers would be others here
+        (fractions as integers); they kept their values.
       kept: those that the source lacks.
       unused: paths of the source that were not taken.
     """
@@ -106,10 +108,11 @@ def transfer(
         if tree.is_compressed(chosen[name]):
             raise TypeError(f"{name} of the target is stored as {type(chosen[name]).__name__}: fill dense weights, compress then")
         part = Part(name, tuple(jnp.shape(leaf)), tuple(jnp.shape(chosen[name])))
-        if part.source == part.target and _is_key(leaf) == _is_key(chosen[name]):
+        alike = _alike(leaf, chosen[name])
+        if part.source == part.target and alike:
             whole.append(name)
         else:
-            fits = part.source and len(part.source) == len(part.target) and not (_is_key(leaf) or _is_key(chosen[name]))
+            fits = part.source and len(part.source) == len(part.target) and alike and not _is_key(leaf)
             (parts if partial and fits else unlike).append(part)
     taken = {*whole, *(part.path for part in parts)}
     if not taken:
@@ -158,6 +161,15 @@ def _new(path: str, rename: Rename | None) -> str | None:
 
 def _begins(path: str, beginning: str) -> bool:
     return not beginning or path == beginning or path.startswith(f"{beginning}/")
+
+
+def _alike(source: Any, target: Any) -> bool:
+    """Whether one dtype can hold what the other does, but for digits: floats are no integers, complex numbers are not real."""
+    if _is_key(source) or _is_key(target):
+        return _is_key(source) == _is_key(target)
+    kinds = (jnp.complexfloating, jnp.floating, jnp.integer, np.generic)
+    ranks = [[jnp.issubdtype(jnp.result_type(leaf), kind) for kind in kinds].index(True) for leaf in (source, target)]
+    return ranks[1] <= ranks[0]
 
 
 def _is_key(leaf: Any) -> bool:

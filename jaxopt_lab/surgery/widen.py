@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_lab.compress.lift import decompress
@@ -13,10 +12,12 @@ from jaxopt_lab.core.coupling.primitives import taken
 from jaxopt_lab.core.coupling.values import kept
 from jaxopt_lab.core.coupling.walk import Walked
 from jaxopt_lab.core.tracing.fingerprint import of_program
+from jaxopt_lab.core.tracing.programs import arrays_of
 from jaxopt_lab.core.tracing.walks import follow
 from jaxopt_lab.core.types import Array, PyTree
 from jaxopt_lab.surgery.coupled import Group, coupling_of, walked
 from jaxopt_lab.surgery.plan import Plan, bound
+from jaxopt_lab.surgery.probes import apart, numbers, probes
 from jaxopt_lab.surgery.slim import counts_of
 
 __all__ = ["widen"]
@@ -40,7 +41,8 @@ def widen(
 
     with :math:`\lambda = 1/c`, or, given a key, shares drawn from [1/2, 3/2] and normalised: copies then have different gradients
     and part in training, where equal ones would stay equal for ever (but for dropout). That the wider function is the old one is
-    seen on the example: a mean over units, as LayerNorm takes it, is the same only where each is copied as often as the others.
+    seen on the example and on drawn inputs like it: a mean over units, as LayerNorm takes it, is the same only where each is copied
+    as often as the others.
 
     Args:
       apply: `apply(params, *inputs) -> outputs`; or a `nets.Model`, whose `predict` is walked, and which comes back as a model.
@@ -59,6 +61,7 @@ def widen(
         another (a tied table), or the wider function differs by more than 1e-5 of the largest output.
       Exception: what tracing the function raises, as in `coupled_channels`.
 
+    >>> import jax.numpy as jnp
     >>> params = {"a": jnp.array([[1.0, -2.0]]), "b": jnp.array([[3.0], [4.0]])}
     >>> apply = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
     >>> wide_apply, wide, plan = widen(apply, params, jnp.ones((1, 1)), width={"a[1]": 3})
@@ -70,6 +73,8 @@ def widen(
     predict, dense = getattr(apply, "predict", apply), decompress(params)
     found, _ = walked(predict, dense, example)
     groups = list(coupling_of(found).groups)
+    if not groups:
+        raise ValueError("nothing can be made wider: no group of units; coupled_channels says why")
     if isinstance(width, Mapping):
         wanted = counts_of(groups, width, "width")
         for group, n in zip(groups, wanted, strict=True):
@@ -148,45 +153,37 @@ def _check(
     chosen: Sequence[tuple[Group, int]],
 ) -> None:
     """Refuses a plan whose function is another, and names the group that makes it one."""
-    params, inputs = _numbers(params, 0), _numbers(tuple(example), 1)
-    before = jax.tree.leaves(jax.jit(lambda params: apply(params, *inputs))(params))
+    rng = np.random.default_rng(0)
+    (own, rebuilt_params), (arrays, rebuilt_inputs) = arrays_of(params), arrays_of(tuple(example))
+    own, tried = [numbers(array, rng) for array in own], probes(arrays, rng)
+
+    def outputs(apply: Callable[..., Any], rebuilt: Callable, own: Sequence[Any]) -> list[Any]:
+        run = jax.jit(lambda own, arrays: jax.tree.leaves(apply(rebuilt(own), *rebuilt_inputs(arrays))))
+        return [run(own, arrays) for arrays in tried]
+
+    before = outputs(apply, rebuilt_params, own)
 
     def difference(plan: Plan) -> float:
-        copies = plan.copies(found)
-        wide = jax.jit(lambda params: plan.bind(apply, same=False)(params, *inputs))(plan.cut(params))
-        worst = 0.0
-        for value, old, new in zip(found.outputs, before, jax.tree.leaves(wide), strict=True):
-            if jnp.issubdtype(old.dtype, jnp.inexact):
-                expected = np.asarray(taken(old, kept(found.labels, copies, value)), np.float64)
-                apart = np.abs(np.asarray(new, np.float64) - expected).max(initial=0)
-                worst = max(worst, float(apart / max(np.abs(expected).max(initial=0), 1e-30)))
-        return worst
+        copies, (wide, rebuilt_wide) = plan.copies(found), arrays_of(plan.cut(rebuilt_params(own)))
+        left = [kept(found.labels, copies, value) for value in found.outputs]
+        expected = [[taken(out, indices) for out, indices in zip(outs, left, strict=True)] for outs in before]
+        return apart(expected, outputs(plan.bind(apply, same=False), rebuilt_wide, wide))
 
-    if (worst := difference(plan)) <= _TOLERANCE:
+    def told(plan: Plan) -> str:
+        try:
+            worst = difference(plan)
+        except ValueError as error:
+            return f"cannot be: {error}"
+        if worst <= _TOLERANCE:
+            return ""
+        return (
+            f"make another function of it, by {worst:.1e} of its largest output: something but a product with a parameter sums "
+            "over these units, or takes a mean of them. A whole multiple leaves a mean as it is; or name other groups in `width`"
+        )
+
+    if not (whole := told(plan)):
         return
     for group, n in chosen:
-        alone = _plan(found, [(group, n)], None)
-        if len(chosen) == 1 or difference(alone) > _TOLERANCE:
-            raise ValueError(
-                f"{n} units instead of {group.units} in the group of {group.name} make another function of it, by {worst:.1e} of "
-                "its largest output: something but a product with a parameter sums over these units, or takes a mean of them. A "
-                "whole multiple leaves a mean as it is; or name other groups in `width`"
-            )
-    raise ValueError(f"the wider function differs by {worst:.1e} of its largest output: name fewer groups in `width`")
-
-
-def _numbers(held: PyTree, seed: int) -> PyTree:
-    """The arrays of a tree; where only a shape is known, some numbers of it."""
-    draw = np.random.default_rng(seed)
-
-    def number(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.ShapeDtypeStruct):
-            return leaf
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jnp.broadcast_to(jax.random.key(seed), leaf.shape)
-        if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            # Positive, as a running variance has to be.
-            return jnp.asarray(draw.uniform(0.1, 1.0, leaf.shape), leaf.dtype)
-        return jnp.zeros(leaf.shape, leaf.dtype)
-
-    return jax.tree.map(number, held)
+        if said := whole if len(chosen) == 1 else told(_plan(found, [(group, n)], None)):
+            raise ValueError(f"{n} units instead of {group.units} in the group of {group.name} {said}")
+    raise ValueError(f"these widths together {whole}")

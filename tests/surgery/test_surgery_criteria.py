@@ -1,5 +1,6 @@
 """What units matter by, how many go of each group, and budgets."""
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -158,6 +159,7 @@ def test_budgets_are_kept_to():
         (surgery.macs, "macs: give the most, or a part of the whole: exactly one of the two"),
         (lambda: surgery.parameters(3, part=0.5), "parameters: give the most"),
         (lambda: surgery.macs(0), "macs: the most must be above 0; got 0"),
+        (lambda: surgery.macs(float("nan")), "macs: the most must be above 0; got nan"),
         (lambda: surgery.milliseconds(part=1.5), r"milliseconds: a part must lie in \(0, 1\]; got 1.5"),
         (lambda: surgery.milliseconds(1, repeats=0), "repeats=0 must be at least 1"),
     ],
@@ -165,3 +167,15 @@ def test_budgets_are_kept_to():
 def test_budgets_that_make_no_sense(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_budgets_of_a_module_that_holds_functions():
+    net = eqx.nn.MLP(3, 2, 8, 1, key=jax.random.key(0))
+    apply = lambda net, x: jax.vmap(net)(x)  # noqa: E731
+    budgets = [surgery.macs(part=0.5), surgery.parameters(part=0.6), surgery.milliseconds(1e3, repeats=1)]
+    small_apply, small, _ = slim(apply, net, X, budget=budgets)
+    assert tracing.count(small_apply, small, X).macs == 0.5 * tracing.count(apply, net, X).macs
+    with pytest.raises(ValueError, match="milliseconds runs the model: give params and the example as arrays"):
+        slim(apply, net, jax.ShapeDtypeStruct((1, 3), jnp.float32), budget=surgery.milliseconds(1.0))
+    with pytest.raises(ValueError, match="slim looks at weights to choose among them: give arrays"):
+        slim(_apply, jax.eval_shape(lambda: PARAMS), X, ratio=0.5)

@@ -426,6 +426,28 @@ def test_states_of_optimisers_are_cut_with_their_parameters(name):
         np.testing.assert_array_equal(after, before[:, plan.kept["a"][1]])
 
 
+def test_states_are_not_taken_for_those_of_a_parameter_of_that_name():
+    tx = optax.adam(0.1)
+    params = {"i": _normal(3, 8), "w": _normal(8, 8, seed=1), "mu": {"w": _normal(8, 8, seed=2)}, "o": _normal(8, 2, seed=3)}
+
+    def apply(p, x):
+        return jnp.tanh(jnp.tanh(x @ p["i"]) @ p["w"]) @ p["mu"]["w"] @ p["o"]
+
+    _, _, plan = slim(apply, params, _normal(4, 3), ratio=0.5)
+    _, state = tx.update(params, tx.init(params), params)
+    (cut, *_), begun = plan.cut_state(tx, state, params)
+    assert begun == ()
+    jax.tree.map(np.testing.assert_array_equal, cut.mu, plan.cut(state[0].mu))
+    # The paths of a list are numbers, and so are those of what sm3 keeps of each.
+    rows = [_normal(n, m, seed=n) for n, m in ((3, 8), (8, 6), (6, 5), (5, 2))]
+    tx = optax.sm3(0.1)
+    _, small, plan = slim(lambda p, x: jnp.tanh(jnp.tanh(jnp.tanh(x @ p[0]) @ p[1]) @ p[2]) @ p[3], rows, _normal(4, 3), ratio=0.5)
+    _, state = tx.update(rows, tx.init(rows), rows)
+    cut, begun = plan.cut_state(tx, state, rows)
+    assert begun == ()
+    assert jax.tree.map(jnp.shape, cut) == jax.tree.map(jnp.shape, tx.init(small))
+
+
 def test_what_cannot_be_cut_begins_anew_and_is_named():
     def init(params):
         return {"histogram": jax.tree.map(lambda w: jnp.zeros(w.size), params), "count": jnp.ones(())}
@@ -611,6 +633,54 @@ def test_what_is_cut_is_what_mask_says(name):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), grads, plan.cut(masked))
 
 
+def _outer(params, x, by):
+    h = x @ params["a"]
+    return jax.nn.relu(by(h[:, :, None], (x @ params["b"][:3])[:, None, :]))
+
+
+def _less_its_sum(h):
+    return jnp.abs(h - h.sum(-1, keepdims=True))
+
+
+def _mean_and_sum(h):
+    total = h.sum(-1)
+    return total / 8 + jnp.sin(total)
+
+
+def _windows(h):
+    return jax.lax.reduce_window(h, 1.0, jax.lax.add, (2, 1), (1, 1), "VALID")
+
+
+def test_a_sum_over_products_of_two_groups_is_cut_along_either():
+    params = {"a": _normal(3, 8), "b": _normal(8, 2, seed=1)}
+    apply = lambda p, x: _outer(p, x, jnp.multiply).sum((1, 2))  # noqa: E731
+    x = _normal(5, 3)
+    small_apply, small, plan = slim(apply, params, x, ratio=0.5)
+    assert small["a"].shape == (3, 4)
+    np.testing.assert_allclose(small_apply(small, x), apply(mask(params, plan), x), rtol=1e-5, atol=1e-6)
+
+
+def test_positions_that_this_length_does_not_reach_are_no_units():
+    params = {"a": _normal(3, 8), "pos": _normal(9, 8, seed=1), "b": _normal(8, 2, seed=2)}
+    apply = lambda p, x: jax.nn.relu(x @ p["a"] + p["pos"][None, : x.shape[1]]) @ p["b"]  # noqa: E731
+    assert "pos[0], 6 indices: this function does not read it at these shapes" in str(
+        coupled_channels(apply, params, _normal(1, 3, 3))
+    )
+    small_apply, small, plan = slim(apply, params, _normal(1, 3, 3), ratio=0.5)
+    assert small["pos"].shape == (9, 4)
+    x = _normal(2, 9, 3)
+    np.testing.assert_allclose(small_apply(small, x), apply(mask(params, plan), x), rtol=1e-5, atol=1e-6)
+
+
+def test_weakly_typed_numbers_stay_so():
+    params = {"a": jnp.full((3, 8), 0.5), "b": jnp.ones((8, 2), jnp.bfloat16)}
+    x = _normal(2, 3).astype(jnp.bfloat16)
+    apply = lambda p, x: jax.nn.relu((x[..., None] * p["a"][None]).sum(1)) @ p["b"]  # noqa: E731
+    small_apply, small, plan = slim(apply, params, x, ratio=0.5)
+    assert small_apply(small, x).dtype == apply(small, x).dtype == jnp.bfloat16
+    assert plan.bind(jax.jit(apply))(small, x).dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize(
     ("apply", "reason"),
     [
@@ -622,10 +692,20 @@ def test_what_is_cut_is_what_mask_says(name):
         (lambda p, x: jnp.cumsum(x @ p["a"], axis=1) @ p["b"], "cumsum along it minds the order"),
         (lambda p, x: (x @ p["a"]).at[:, 2].set(0.0) @ p["b"], "scatter is not understood"),
         (lambda p, x: (jnp.tanh(x @ p["a"]), x @ p["a"] @ p["b"]), "it is output 0"),
+        # A number for all units is none of each: what it adds is there where a unit is cut.
+        (lambda p, x: jax.nn.relu(x @ p["a"] + p["one"][None]).sum(-1), "a unit of zeros would add to the sum over it"),
+        (lambda p, x: (p["one"][None] * jax.nn.softplus(x @ p["a"])).sum(-1), "a unit of zeros would add to the sum over it"),
+        (lambda p, x: _outer(p, x, jnp.add).sum((1, 2)), "a unit of zeros would add to the sum over it"),
+        (lambda p, x: _less_its_sum(x @ p["a"]).sum(-1), "a unit of zeros would add to the sum over it"),
+        (lambda p, x: jax.lax.cumlogsumexp(x @ p["a"], axis=0).sum(-1), "a unit of zeros would add to the sum over it"),
+        (lambda p, x: _windows(x @ p["a"]).sum(-1), "a unit of zeros would add to the sum over it"),
+        # That there is a mean as well is no excuse.
+        (lambda p, x: (jnp.exp(x @ p["a"]).sum(-1), (x @ p["a"]).mean(-1)), "a unit of zeros would add to the sum over it"),
+        (lambda p, x: _mean_and_sum(jnp.exp(x @ p["a"])), "a unit of zeros would add to the sum over it"),
     ],
 )
 def test_what_would_be_wrong_is_protected(apply, reason):
-    params = {"a": _normal(3, 8), "b": _normal(8, 2, seed=1)}
+    params = {"a": _normal(3, 8), "b": _normal(8, 2, seed=1), "one": jnp.ones(1)}
     protected = {(entry.path, entry.axis): entry.reason for entry in coupled_channels(apply, params, _normal(5, 3)).protected}
     assert protected["a", 1] == reason
 
@@ -651,7 +731,7 @@ def test_trees_that_look_alike_are_not_taken_for_each_other():
         ({}, "give exactly one of ratio, keep, budget"),
         ({"ratio": 0.5, "keep": {}}, "give exactly one of"),
         ({"ratio": 1.0}, r"ratio must lie in \[0, 1\): at 1 no group would have a unit left; got 1.0"),
-        ({"ratio": 0.5, "round_to": 0}, "round_to must be at least 1; got 0"),
+        ({"ratio": 0.5, "round_to": 0}, "round_to must be a whole number of at least 1; got 0"),
         ({"ratio": 0.5, "exclude": "a"}, "nothing can be cut: 1 groups, all of one unit or excluded"),
         ({"keep": {"c[0]": 1}}, r"keep names c\[0\], which is in no group that can be cut; there are a\[1\]"),
         ({"keep": {"a[1]": 0}}, r"keep=0 of a\[1\]: give 1 to 4 units"),
@@ -660,6 +740,9 @@ def test_trees_that_look_alike_are_not_taken_for_each_other():
             "the smallest slimming still takes 5 parameters, and 3 are the most: give a larger budget",
         ),
         ({"budget": []}, "budget holds none"),
+        ({"keep": {"a[1]": 2}, "round_to": 2}, "round_to=2 goes with a ratio or a budget"),
+        ({"keep": {"a[1]": 2.5}}, r"keep=2.5 of a\[1\]: give 1 to 4 units"),
+        ({"ratio": 0.5, "round_to": 1.5}, "round_to must be a whole number of at least 1; got 1.5"),
     ],
 )
 def test_what_cannot_be_is_said(how, message):

@@ -243,3 +243,32 @@ def test_aligned_networks_can_be_averaged():
     assert ends < 0.2
     np.testing.assert_allclose(float(held(aligned)), float(held(two)), rtol=1e-4)
     assert after < before / 4
+
+
+def _gated(params, x):
+    return (jax.nn.relu(x @ params["a"]) * np.arange(1, 9, dtype=np.float32)[None]) @ params["b"]
+
+
+@pytest.mark.parametrize(
+    ("apply", "x"),
+    [
+        (_gated, jnp.zeros((2, 3))),
+        (lambda p, x: jnp.argmax(_gated(p, x), axis=1), jnp.ones((2, 3))),
+        (lambda p, x: jax.lax.cond(x.sum() > 0, lambda: _gated(p, x), lambda: x @ p["c"]), -jnp.ones((2, 3))),
+    ],
+)
+def test_what_an_example_does_not_show_is_tried(apply, x):
+    params, other = (
+        {name: jax.random.normal(jax.random.key(seed + k), shape) for k, (name, shape) in enumerate(SIDES.items())}
+        for seed in (0, 7)
+    )
+    aligned, alignment = align(apply, params, other, x, key=KEY)
+    assert alignment.left == {"a[1]": "the outputs change with the order of its units"}
+    jax.tree.map(np.testing.assert_array_equal, aligned, other)
+
+
+SIDES = {"a": (3, 8), "b": (8, 4), "c": (3, 4)}
+
+
+def test_complex_numbers_are_averaged():
+    assert soup([{"w": jnp.array([1 + 1j])}, {"w": jnp.array([3 - 1j])}])["w"].tolist() == [2 + 0j]

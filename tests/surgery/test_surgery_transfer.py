@@ -130,3 +130,10 @@ def test_what_cannot_be_transferred_is_named():
         transfer({"encoder": {"w": 1.0}}, {"w": 1.0}, rename={"encode": ""})
     with pytest.raises(ValueError, match="nothing matches where="):
         transfer({"w": 1.0}, {"w": 1.0}, where="v")
+
+
+def test_numbers_that_would_be_others_are_kept():
+    source, target = {"a": jnp.array([2.7]), "b": jnp.array([3])}, {"a": jnp.zeros(1, int), "b": jnp.zeros(1)}
+    params, report = transfer(source, target)
+    assert (params["a"].tolist(), params["b"].tolist()) == ([0], [3.0])
+    assert [part.path for part in report.unlike] == ["a"]

@@ -2,6 +2,7 @@
 
 import functools
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def test_the_function_stays(name):
     assert jax.tree.map(jnp.shape, plan.cut(variables)) == jax.tree.map(jnp.shape, wide)
 
 
-PARAMS = {"a": _normal(3, 4), "b": _normal(4, 5, seed=1), "c": _normal(5, 2, seed=2)}
+PARAMS = {"a": _normal(3, 4), "b": _normal(4, 5, seed=1), "c": _normal(5, 2, seed=2), "r": _normal(8, 2, seed=4)}
 X = _normal(6, 3, seed=3)
 
 
@@ -137,6 +138,27 @@ def test_a_plan_is_saved_and_composes(tmp_path):
         plan.scatter(wide)
 
 
+def _branching(params, x):
+    h = x @ params["a"]
+    return jnp.where(x[:, :1] > 9, jnp.abs(h).sum(-1, keepdims=True), 0.0) + jnp.where(
+        x.sum() < 0, x[:, :1], h.sum(-1, keepdims=True)
+    )
+
+
+def _unit_columns(params, x):
+    return (
+        jax.nn.relu(x @ params["a"])
+        @ params["b"]
+        @ (params["c"] / jnp.linalg.norm(params["c"], axis=0, keepdims=True))
+        * (x != 0).any()
+    )
+
+
+def _repeated(params, x):
+    h = jnp.tanh(x @ params["a"])[:, :, None] * jnp.ones((1, 1, 2))
+    return h.reshape(-1, 8) @ params["r"]
+
+
 def _normed(params, x):
     h = jnp.tanh(x @ params["a"])
     return (h - h.mean(-1, keepdims=True)) @ params["b"] @ params["c"]
@@ -148,7 +170,22 @@ def _normed(params, x):
         (_perceptron, 0.5, "width=0.5 must be a factor of at least 1; slim makes models narrower"),
         (_perceptron, {"a[1]": 3}, r"width=3 of a\[1\]: it has 4 units"),
         (_perceptron, {"z[1]": 3}, r"width names z\[1\], which is in no group"),
+        (lambda p, x: x @ p["a"], 2, "nothing can be made wider: no group of units"),
         (_normed, {"a[1]": 6}, r"6 units instead of 4 in the group of a\[1\] make another function of it"),
+        # What an example does not show: a branch that it does not take, outputs that are all 0, or whole numbers.
+        (_branching, {"a[1]": 6}, r"6 units instead of 4 in the group of a\[1\] make another function of it"),
+        (_unit_columns, {"b[1]": 10}, r"10 units instead of 5 in the group of b\[1\] make another function of it"),
+        (
+            lambda p, x: (jnp.abs(x @ p["a"]).sum(-1) > 6).astype(int),
+            2,
+            r"8 units instead of 4 in the group of a\[1\] make another",
+        ),
+        (
+            lambda p, x: jnp.sqrt(15 - jnp.abs(p["a"]).sum()) * x[:, :1],
+            2,
+            r"in the group of a\[0\] make another function of it, by inf",
+        ),
+        (_repeated, 2, r"in the group of a\[1\] cannot be: a reshape of"),
         (lambda p, x: x @ p["a"] @ p["b"] @ p["b"].T @ p["a"].T, 2, r"a\[1\] is contracted in one place and free in another"),
     ],
 )
@@ -180,3 +217,19 @@ def test_copies_through_slices_and_heads(apply, c, factor):
     wide_apply, wide, _ = widen(apply, params, X, width={"a[1]": int(2 * factor)}, key=KEY)
     assert wide["a"].shape == (3, int(2 * factor) * 2)
     np.testing.assert_allclose(jax.jit(wide_apply)(wide, X), apply(params, X), rtol=1e-5, atol=1e-5)
+
+
+def test_widened_and_slimmed_back_to_the_old_size():
+    wide_apply, wide, first = widen(_perceptron, PARAMS, X, width=2, key=KEY)
+    small_apply, small, second = slim(wide_apply, wide, X, ratio=0.5)
+    both = first.then(second)
+    assert jax.tree.map(jnp.shape, small) == jax.tree.map(jnp.shape, PARAMS)
+    np.testing.assert_allclose(both.bind(_perceptron)(small, X), small_apply(small, X), rtol=1e-6)
+
+
+def test_a_module_of_equinox():
+    net = eqx.nn.MLP(3, 2, 4, 1, key=KEY)
+    apply = lambda net, x: jax.vmap(net)(x)  # noqa: E731
+    wide_apply, wide, _ = widen(apply, net, X, width=2, key=KEY)
+    assert wide.layers[0].weight.shape == (8, 3)
+    np.testing.assert_allclose(wide_apply(wide, X), apply(net, X), rtol=1e-5, atol=1e-6)

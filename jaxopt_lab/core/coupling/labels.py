@@ -29,11 +29,11 @@ class Labels:
 
     def __init__(self):
         self._parent = np.arange(1024)
-        # By root, the rows named below.
+        # By root, the rows named above.
         self._flags = np.zeros((5, 1024), bool)
+        self._used = np.zeros(1024, bool)
         self._count = 0
         self._reasons: list[tuple[np.ndarray, str]] = []
-        self._suspected: list[tuple[tuple[np.ndarray, ...], str]] = []
 
     def fresh(self, *shape: int) -> np.ndarray:
         """New labels, of a shape."""
@@ -41,6 +41,7 @@ class Labels:
         while self._count + n > len(self._parent):
             self._parent = np.concatenate([self._parent, np.arange(len(self._parent), 2 * len(self._parent))])
             self._flags = np.concatenate([self._flags, np.zeros_like(self._flags)], axis=1)
+            self._used = np.concatenate([self._used, np.zeros_like(self._used)])
         first, self._count = self._count, self._count + n
         return np.arange(first, self._count).reshape(shape)
 
@@ -97,20 +98,13 @@ class Labels:
         """Which labels stand for indices of a parameter."""
         return self._flags[_OWNED, self.root(labels)]
 
-    def suspect(self, summed: tuple[np.ndarray, ...], reason: str) -> None:
-        """Labels are fixed in the end, unless what was made of them turns out to be a mean (`settle`)."""
-        self._suspected.append((summed, reason))
+    def use(self, labels: np.ndarray) -> None:
+        """Labels, each by itself, stand for something that an operation reads."""
+        self._used[labels] = True
 
-    def settle(self, summed: tuple[np.ndarray, ...]) -> None:
-        """A sum is that of a mean, which is of what is left."""
-        self._suspected = [(own, reason) for own, reason in self._suspected if not _same(own, summed)]
-
-    def convict(self) -> None:
-        """Fixes what is still suspected."""
-        for summed, reason in self._suspected:
-            for own in summed:
-                self.fix(own, reason, counted=True)
-        self._suspected = []
+    def is_used(self, labels: np.ndarray) -> np.ndarray:
+        """Which labels stand, by themselves, for something that an operation reads."""
+        return self._used[labels]
 
     def is_fixed(self, labels: np.ndarray) -> np.ndarray:
         """Which labels are never cut."""
@@ -137,7 +131,3 @@ class Labels:
 
     def __len__(self) -> int:
         return self._count
-
-
-def _same(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...]) -> bool:
-    return len(a) == len(b) and all(x is y or np.array_equal(x, y) for x, y in zip(a, b, strict=True))

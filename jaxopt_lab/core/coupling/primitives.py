@@ -5,7 +5,7 @@ What is not here is not understood: nothing that it touches is cut.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax import lax
 from jax.extend.core import Literal
 
 from jaxopt_lab.core.coupling.labels import Labels
-from jaxopt_lab.core.coupling.values import Field, Value, fixed, fresh, reshaped, separated, single, tidy, united
+from jaxopt_lab.core.coupling.values import ADDS, Field, Sum, Value, fixed, fresh, reshaped, separated, single, tidy, united
 from jaxopt_lab.core.shapes import equal_blocks
 
 __all__ = ["PRIMITIVES", "Cut", "Primitive", "taken", "unknown"]
@@ -63,10 +63,12 @@ class Primitive(NamedTuple):
     Attributes:
       label: `(labels, eqn, given) -> labels of the results`.
       run: `(cut, arrays) -> results` on operands that were cut already; None where the operation runs as it is.
+      keeps: `(eqn, given) -> bool`: whether what is a sum stays one, or becomes a mean; any other use needs all of its terms.
     """
 
     label: Callable[[Labels, Any, list[Value]], Sequence[Value]]
     run: Callable[..., list[Any]] | None = None
+    keeps: Callable[[Any, Sequence[Value]], bool] = lambda eqn, given: False
 
 
 def _shape(eqn: Any, k: int = 0) -> tuple[int, ...]:
@@ -90,20 +92,31 @@ def _elementwise(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
     cast = eqn.primitive.name in _CASTS and len(spread) == 1
     value = spread[0] if len(spread) == 1 else united(labels, spread)
     kept = {"summed": value.summed, "numbers": value.numbers} if cast else {"summed": (), "numbers": None}
-    return [dataclasses.replace(value, zero=_is_zero(eqn, given), **kept)] * len(eqn.outvars)
+    rest = iter(spread)
+    operands = [next(rest) if len(one.shape) == len(shape) else one for one in given]
+    return [dataclasses.replace(value, zero=_zero(eqn, operands), **kept)] * len(eqn.outvars)
 
 
 _CASTS = ("convert_element_type", "copy", "copy_p", "stop_gradient", "reduce_precision", "sharding_constraint")
 
 
-def _is_zero(eqn: Any, given: list[Value]) -> bool:
-    """Whether an elementwise operation gives 0 where those of its operands are 0 that are at cut indices."""
-    name, full = eqn.primitive.name, [value.zero for value in given if value.shape]
-    if name in ("mul", "and", "div"):
-        return given[0].zero if name == "div" else any(full)
+def _zero(eqn: Any, given: list[Value]) -> frozenset[int]:
+    """The axes at whose cut indices an elementwise operation gives 0."""
+    name, full = eqn.primitive.name, [value for value in given if value.shape]
+    if name in ("mul", "and"):
+        return frozenset().union(*(value.zero for value in full))
+    if name == "div":
+        return given[0].zero
     if name == "select_n":
-        return all(value.zero or _is_literal_zero(variable) for value, variable in zip(given[1:], eqn.invars[1:], strict=True))
-    return all(full) and _keeps_zero(eqn, [bool(value.shape) for value in given])
+        rows = zip(given[1:], eqn.invars[1:], strict=True)
+        return _both(value for value, variable in rows if not _is_literal_zero(variable))
+    return _both(full) if full and _keeps_zero(eqn, [bool(value.shape) for value in given]) else frozenset()
+
+
+def _both(values: Iterable[Value]) -> frozenset[int]:
+    """The axes at which several values are 0."""
+    first, *others = (value.zero for value in values)
+    return first.intersection(*others)
 
 
 _AT_ZERO: Mapping[str, Callable[..., float]] = {
@@ -152,7 +165,8 @@ def _spread(labels: Labels, value: Value, shape: tuple[int, ...]) -> Value:
         if copied:
             single(labels, own)
         fields.append(Field(axes, labels.fresh(shape[axes[0]]) if copied else own))
-    return Value(shape, tuple(fields), (), value.zero, value.numbers)
+    zero = frozenset(a for a in value.zero if value.shape[a] == shape[a])
+    return Value(shape, tuple(fields), (), zero, value.numbers)
 
 
 def _reinterpreted(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
@@ -173,14 +187,9 @@ def _scaled(by: Callable[[int], float]) -> Primitive:
         value, number = given[0], eqn.invars[1]
         if not value.summed or not isinstance(number, Literal) or np.ndim(number.val):
             return False
-        n = math.prod(len(own) for own in value.summed)
+        n = math.prod(len(own.labels) for own in value.summed)
         # A half is no mean of two as a rule.
         return n > (1 if by(n) >= 1 else 2) and math.isclose(float(number.val), by(n), rel_tol=1e-6)
-
-    def label(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
-        if is_mean(eqn, given):
-            labels.settle(given[0].summed)
-        return _elementwise(labels, eqn, given)
 
     def run(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
         if not is_mean(cut.eqn, cut.given):
@@ -188,7 +197,7 @@ def _scaled(by: Callable[[int], float]) -> Primitive:
         left = math.prod(len(cut.kept(term)[0]) for term in cut.given[0].terms)
         return cut.bind(arrays[0], np.asarray(by(max(left, 1)), jnp.result_type(arrays[1])))
 
-    return Primitive(label, run)
+    return Primitive(_elementwise, run, is_mean)
 
 
 # Changes of shape.
@@ -204,7 +213,8 @@ def _broadcast(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
     places = {a: b for a, b in enumerate(into) if a not in spread}
     fields = [Field(tuple(places[a] for a in axes), own) for axes, own in value.fields if axes[0] in places]
     fields += [Field((b,), labels.fresh(shape[b])) for b in range(len(shape)) if b not in places.values()]
-    return [Value(shape, tuple(sorted(fields, key=lambda field: field.axes)), value.summed, value.zero, value.numbers)]
+    zero = frozenset(places[a] for a in value.zero if a in places)
+    return [Value(shape, tuple(sorted(fields, key=lambda field: field.axes)), value.summed, zero, value.numbers)]
 
 
 def _reshape(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
@@ -228,7 +238,7 @@ def _without(labels: Labels, value: Value, left: Sequence[int], shape: tuple[int
     value = separated(labels, value, [a for a in range(len(value.shape)) if a not in left])
     places = {a: k for k, a in enumerate(left)}
     fields = [Field(tuple(places[a] for a in axes), own) for axes, own in value.fields if axes[0] in places]
-    return Value(shape, tuple(fields), (), value.zero)
+    return Value(shape, tuple(fields), (), frozenset(places[a] for a in value.zero if a in places))
 
 
 def _transpose(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
@@ -334,7 +344,7 @@ def _concatenate(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
     rest = united(labels, [_without(labels, value, left, tuple(shape[a] for a in left)) for value in given])
     fields = [Field(tuple(left[a] for a in axes), own) for axes, own in rest.fields]
     fields = sorted([*fields, Field((axis,), joined)], key=lambda field: field.axes)
-    return [Value(shape, tuple(fields), (), all(value.zero for value in given))]
+    return [Value(shape, tuple(fields), (), _both(given))]
 
 
 def _pad(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
@@ -354,7 +364,7 @@ def _pad(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
         stretched[:: inside + 1] = own
         whole = np.concatenate([labels.fresh(max(low, 0)), stretched[max(-low, 0) :], labels.fresh(max(high, 0))])
         fields.append(Field((a,), whole[: shape[a]]))
-    return [Value(shape, tuple(fields), (), value.zero and _is_literal_zero(eqn.invars[1]))]
+    return [Value(shape, tuple(fields), (), value.zero if _is_literal_zero(eqn.invars[1]) else frozenset())]
 
 
 def _run_pad(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
@@ -393,7 +403,8 @@ def _gather(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
         if a in parted:
             labels.fix(own, "a lookup chose it")
         fields.append(Field((b,), own))
-    return [Value(shape, tuple(sorted(fields, key=lambda field: field.axes)), (), value.zero)]
+    zero = frozenset(b for b, a in zip(numbers.offset_dims, kept, strict=True) if a in value.zero and a not in parted)
+    return [Value(shape, tuple(sorted(fields, key=lambda field: field.axes)), (), zero)]
 
 
 def _run_gather(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
@@ -409,7 +420,7 @@ def _dynamic_slice(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
     value = separated(labels, value, parted)
     fixed(labels, value, "a part of it is chosen by a number", parted)
     fields = [Field(axes, labels.fresh(shape[axes[0]]) if axes[0] in parted else own) for axes, own in value.fields]
-    out = Value(shape, tuple(fields), (), value.zero)
+    out = Value(shape, tuple(fields), (), value.zero.difference(parted))
     fixed(labels, out, "a number chose it", parted)
     return [out]
 
@@ -428,7 +439,7 @@ def _dynamic_update_slice(labels: Labels, eqn: Any, given: list[Value]) -> list[
         if a not in parted:
             labels.unite(whole.labels(a), part.labels(a))
     del eqn
-    return [dataclasses.replace(whole, summed=(), zero=whole.zero and part.zero, numbers=None)]
+    return [dataclasses.replace(whole, summed=(), zero=_both([whole, part]), numbers=None)]
 
 
 # Sums.
@@ -443,9 +454,7 @@ def _reduced(understood: bool) -> Callable[[Labels, Any, list[Value]], list[Valu
             if not understood:
                 fixed(labels, own, f"{eqn.primitive.name} over it would be another", axes, counted=True)
             left = [a for a in range(len(value.shape)) if a not in axes]
-            summed = (*value.summed, *(own.labels(a) for a in axes)) if understood else ()
-            if understood and not value.zero:
-                labels.suspect(summed, "a unit of zeros would add to the sum over it")
+            summed = (*value.summed, *(Sum(own.labels(a), a in value.zero) for a in axes)) if understood else ()
             outs.append(dataclasses.replace(_without(labels, own, left, _shape(eqn, k)), summed=summed))
         return outs
 
@@ -462,7 +471,9 @@ def _along(key: str) -> Callable[[Labels, Any, list[Value]], list[Value]]:
         for value in given:
             fixed(labels, value, f"{eqn.primitive.name} along it minds the order", axes)
         out = united(labels, given)
-        return [out] * len(eqn.outvars)
+        # The logarithm of a sum of exponentials of zeros is none.
+        zero = frozenset() if eqn.primitive.name == "cumlogsumexp" else out.zero
+        return [dataclasses.replace(out, zero=zero)] * len(eqn.outvars)
 
     return label
 
@@ -478,7 +489,9 @@ def _window(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
         apart = separated(labels, value, moved)
         fixed(labels, apart, "a window moves along it", moved)
         fields = [Field(axes, labels.fresh(shape[axes[0]]) if axes[0] in moved else own) for axes, own in apart.fields]
-        out = Value(_shape(eqn, k), tuple(fields), (), apart.zero)
+        # What another window computes of zeros, and begins with, is not known.
+        known = eqn.primitive.name in ("reduce_window_max", "reduce_window_min", "reduce_window_sum")
+        out = Value(_shape(eqn, k), tuple(fields), (), apart.zero.difference(moved) if known else frozenset())
         fixed(labels, out, "a window moved along it", moved)
         outs.append(out)
     return outs
@@ -508,7 +521,7 @@ def _chosen(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
     (axis,) = eqn.params["axes"]
     (out,) = _reduced(understood=False)(labels, eqn, given)
     own = separated(labels, given[0], [axis], inner=True)
-    return [dataclasses.replace(out, numbers=own.labels(axis))]
+    return [dataclasses.replace(out, zero=frozenset(), numbers=own.labels(axis))]
 
 
 # Products.
@@ -521,23 +534,19 @@ def _dot_general(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
     left, right = single
     for a, b in zip((*contract[0], *batch[0]), (*contract[1], *batch[1]), strict=True):
         labels.unite(left.labels(a), right.labels(b))
-    if not (left.zero or right.zero):
-        for a in contract[0]:
-            labels.suspect((left.labels(a),), "a unit of zeros would add to the sum over it")
+    for a, b in zip(*contract, strict=True):
+        if not (a in left.zero or b in right.zero):
+            labels.fix(left.labels(a), ADDS, counted=True)
     fields = [Field((k,), left.labels(a)) for k, a in enumerate(batch[0])]
+    zero = {k for k, (a, b) in enumerate(zip(*batch, strict=True)) if a in left.zero or b in right.zero}
     place = len(batch[0])
     for k, value in enumerate((left, right)):
         own = [a for a in range(len(value.shape)) if a not in (*contract[k], *batch[k])]
         places = {a: place + j for j, a in enumerate(own)}
         fields += [Field(tuple(places[a] for a in axes), labelled) for axes, labelled in value.fields if axes[0] in places]
+        zero |= {places[a] for a in value.zero if a in places}
         place += len(own)
-    # An axis that one operand alone has is 0 where that one is.
-    loose = [
-        any(not labels.is_fixed(value.field(a).labels).all() for a in range(len(value.shape)) if a not in (*contract[k], *batch[k]))
-        for k, value in enumerate((left, right))
-    ]
-    zero = all(value.zero for value, own in zip((left, right), loose, strict=True) if own) and (left.zero or right.zero)
-    return [Value(shape, tuple(fields), (), zero)]
+    return [Value(shape, tuple(fields), (), frozenset(zero))]
 
 
 def _convolution(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
@@ -558,9 +567,12 @@ def _convolution(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
         labels.unite(channels.reshape(groups, -1), inputs.reshape(1, -1))
         labels.all_one(outputs.reshape(groups, -1), (0,))
     fields = {out[0]: x.labels(lhs[0]), out[1]: outputs} | {a: labels.fresh(shape[a]) for a in out[2:]}
-    value = Value(shape, tuple(Field((a,), fields[a]) for a in range(len(shape))), (), w.zero)
-    if not (x.zero or w.zero):
-        labels.suspect((inputs,), "a unit of zeros would add to the sum over it")
+    alone = inputs.size == 1 and groups > 1
+    zero = {out[0]} if lhs[0] in x.zero else set()
+    zero |= {out[1]} if rhs[0] in w.zero or (alone and lhs[1] in x.zero) else set()
+    value = Value(shape, tuple(Field((a,), fields[a]) for a in range(len(shape))), (), frozenset(zero))
+    if not (lhs[1] in x.zero or rhs[1] in w.zero):
+        labels.fix(inputs, ADDS, counted=True)
     fixed(labels, value, "a filter moved along it", out[2:])
     return [value]
 
@@ -635,6 +647,11 @@ def _run_reshape(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
     return cut.bind(*arrays, new_sizes=cut.shape())
 
 
+def _always(eqn: Any, given: Sequence[Value]) -> bool:
+    del eqn, given
+    return True
+
+
 _ELEMENTWISE = (
     "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil", "clamp",
     "complex", "conj", "convert_element_type", "copy", "copy_p", "cos", "cosh", "digamma", "eq", "erf", "erf_inv", "erfc", "exp",
@@ -646,14 +663,15 @@ _ELEMENTWISE = (
 
 PRIMITIVES: Mapping[str, Primitive] = {
     **{name: Primitive(_elementwise) for name in _ELEMENTWISE},
+    **{name: Primitive(_elementwise, keeps=_always) for name in _CASTS},
     "bitcast_convert_type": Primitive(_reinterpreted),
     "div": _scaled(float),
     "mul": _scaled(lambda n: 1 / n),
-    "optimization_barrier": Primitive(_passed),
-    "broadcast_in_dim": Primitive(_broadcast, _run_broadcast),
-    "reshape": Primitive(_reshape, _run_reshape),
-    "squeeze": Primitive(_squeeze),
-    "transpose": Primitive(_transpose),
+    "optimization_barrier": Primitive(_passed, keeps=_always),
+    "broadcast_in_dim": Primitive(_broadcast, _run_broadcast, _always),
+    "reshape": Primitive(_reshape, _run_reshape, _always),
+    "squeeze": Primitive(_squeeze, keeps=_always),
+    "transpose": Primitive(_transpose, keeps=_always),
     "rev": Primitive(_rev),
     "iota": Primitive(_iota, _run_iota),
     "slice": Primitive(_slice, _run_by_indices),
@@ -663,7 +681,7 @@ PRIMITIVES: Mapping[str, Primitive] = {
     "gather": Primitive(_gather, _run_gather),
     "dynamic_slice": Primitive(_dynamic_slice, _run_dynamic_slice),
     "dynamic_update_slice": Primitive(_dynamic_update_slice),
-    "reduce_sum": Primitive(_reduced(understood=True)),
+    "reduce_sum": Primitive(_reduced(understood=True), keeps=_always),
     **{
         name: Primitive(_reduced(understood=False))
         for name in ("reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_xor")

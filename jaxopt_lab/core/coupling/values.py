@@ -9,7 +9,11 @@ import numpy as np
 
 from jaxopt_lab.core.coupling.labels import Labels
 
-__all__ = ["Field", "Value", "fixed", "fresh", "kept", "reshaped", "separated", "single", "tidy", "united"]
+__all__ = ["Field", "Sum", "Value", "counted", "fixed", "fresh", "kept", "reshaped", "separated", "single", "tidy", "united"]
+
+
+ADDS = "a unit of zeros would add to the sum over it"
+"""Why units are protected over which something is summed that zeros do not make zero."""
 
 
 class Field(NamedTuple):
@@ -24,6 +28,18 @@ class Field(NamedTuple):
     labels: np.ndarray
 
 
+class Sum(NamedTuple):
+    """An axis that was summed over.
+
+    Attributes:
+      labels: of its indices.
+      zero: whether a cut one would have added nothing.
+    """
+
+    labels: np.ndarray
+    zero: bool
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Value:
     """What the walk knows of a value. Two of them are equal if they are the same object.
@@ -31,21 +47,21 @@ class Value:
     Attributes:
       shape: of the value.
       fields: each axis is in one of them.
-      summed: labels of the axes that were summed over to make it, if nothing but that was done since: what a mean divides by.
-      zero: whether its entries at cut indices are 0 where the parameters are masked: they add nothing to a sum.
+      summed: the axes that were summed over to make it, if nothing but that was done since: what a mean divides by.
+      zero: the axes at whose cut indices its entries are 0 where the parameters are masked: they add nothing to a sum.
       numbers: labels of an axis, if its entries are nothing but indices along that: what `argmax`, `top_k` or an iota gives.
     """
 
     shape: tuple[int, ...]
     fields: tuple[Field, ...]
-    summed: tuple[np.ndarray, ...] = ()
-    zero: bool = False
+    summed: tuple[Sum, ...] = ()
+    zero: frozenset[int] = frozenset()
     numbers: np.ndarray | None = None
 
     @property
     def terms(self) -> list["Value"]:
         """The axes that were summed over, each as a value of its own."""
-        return [Value((len(own),), (Field((0,), own),)) for own in self.summed]
+        return [Value((len(own.labels),), (Field((0,), own.labels),)) for own in self.summed]
 
     def field(self, axis: int) -> Field:
         """The field that an axis is in."""
@@ -63,7 +79,7 @@ class Value:
             new = [places(a) for a in axes]
             order = sorted(range(len(new)), key=new.__getitem__)
             fields.append(Field(tuple(new[k] for k in order), labels.transpose(order)))
-        return Value(tuple(shape), tuple(fields), self.summed, self.zero, self.numbers)
+        return Value(tuple(shape), tuple(fields), self.summed, frozenset(map(places, self.zero)), self.numbers)
 
 
 def fresh(labels: Labels, shape: Sequence[int]) -> Value:
@@ -86,6 +102,20 @@ def fixed(labels: Labels, value: Value, reason: str, axes: Iterable[int] | None 
     """
     for a in range(len(value.shape)) if axes is None else axes:
         labels.fix(value.field(a).labels, reason, counted=counted)
+
+
+def counted(labels: Labels, value: Value) -> None:
+    """A sum that is used as it is, and not as a mean: it needs the units that are no zeros when they are masked.
+
+    >>> labels = Labels()
+    >>> terms = labels.fresh(3)
+    >>> counted(labels, Value((), (), (Sum(terms, zero=False),)))
+    >>> labels.is_fixed(terms).tolist()
+    [True, True, True]
+    """
+    for own in value.summed:
+        if not own.zero:
+            labels.fix(own.labels, ADDS, counted=True)
 
 
 def separated(
@@ -187,7 +217,7 @@ def united(labels: Labels, values: Sequence[Value]) -> Value:
         first, alike = separated(labels, first, loose), separated(labels, other, loose)
         for field in first.fields:
             labels.unite(field.labels, alike.field(field.axes[0]).labels)
-    return dataclasses.replace(first, summed=(), zero=all(value.zero for value in values), numbers=None)
+    return dataclasses.replace(first, summed=(), zero=frozenset.intersection(*(value.zero for value in values)), numbers=None)
 
 
 def reshaped(labels: Labels, value: Value, shape: Sequence[int], blocks: Iterable[tuple[slice, slice]]) -> Value:
@@ -199,17 +229,20 @@ def reshaped(labels: Labels, value: Value, shape: Sequence[int], blocks: Iterabl
     ((0, 1), [[0, 1], [2, 3], [4, 5]])
     """
     fields: list[Field] = []
+    zero: set[int] = set()
     for before, after in blocks:
         old, new = range(before.start, before.stop), range(after.start, after.stop)
         flat = _flat(labels, value, old)
         sizes = [shape[a] for a in new]
         long = [a for a in new if shape[a] != 1]
+        zero |= {*long} if all(a in value.zero for a in old if value.shape[a] != 1) else set()
         fields += [Field((a,), labels.fresh(1)) for a in new if shape[a] == 1]
         if long:
             fields.append(Field(tuple(long), flat.reshape([n for n in sizes if n != 1])))
         else:
             single(labels, flat)
-    return Value(tuple(shape), tuple(sorted(fields, key=lambda field: field.axes)), value.summed, value.zero, value.numbers)
+    fields.sort(key=lambda field: field.axes)
+    return Value(tuple(shape), tuple(fields), value.summed, frozenset(zero), value.numbers)
 
 
 def _flat(labels: Labels, value: Value, axes: Sequence[int]) -> np.ndarray:

@@ -11,7 +11,7 @@ from jax.extend.core import Literal
 
 from jaxopt_lab.core.coupling.labels import Labels
 from jaxopt_lab.core.coupling.primitives import PRIMITIVES, Cut, taken, unknown
-from jaxopt_lab.core.coupling.values import Field, Value, fixed, fresh, kept, separated, united
+from jaxopt_lab.core.coupling.values import Field, Value, counted, fixed, fresh, kept, separated, united
 from jaxopt_lab.core.tracing.programs import FORMS, Place, Program, Rules, flow
 
 __all__ = ["Walked", "cut", "walk"]
@@ -25,11 +25,13 @@ class Noted(NamedTuple):
     Attributes:
       given: the labels of its operands.
       made: those of its results.
+      constant: which operands are constants of an inner program, which come whole.
       derivative: of a function with its own derivative, the program of that.
     """
 
     given: list[Value]
     made: list[Value]
+    constant: list[bool]
     derivative: Any = None
 
 
@@ -88,11 +90,17 @@ def walk(program: Program, tied: Mapping[int, int] | None = None, forced: Contai
     outputs = flow(_opened(jaxpr), given, rules)
     outputs = [_of(labels, value, variable.aval.shape) for value, variable in zip(outputs, jaxpr.jaxpr.outvars, strict=True)]
     for k, value in enumerate(outputs):
+        counted(labels, value)
+        for field in value.fields:
+            labels.use(field.labels)
         if tied and k in tied:
             united(labels, [given[consts + tied[k]], value])
         else:
             fixed(labels, value, f"it is output {k}")
-    labels.convict()
+    # Of an axis of which only a slice is read, as of positions, the rest may be read in another call.
+    for value in given[consts : consts + len(program.paths)]:
+        for field in value.fields:
+            labels.fix(field.labels[~labels.is_used(field.labels)], "this function does not read it at these shapes")
     # Where several axes still have labels together, what is kept of them has to be a rectangle.
     for noted in places.values():
         for value in (*noted.given, *noted.made):
@@ -107,7 +115,7 @@ def _given(labels: Labels, program: Program, forced: Container[str]) -> list[Val
     consts, params = len(jaxpr.consts), len(program.paths)
     read = {v for eqn in jaxpr.jaxpr.eqns for v in eqn.invars if not isinstance(v, Literal)}
     for k, (path, variable) in enumerate(zip(program.paths, jaxpr.jaxpr.invars, strict=False), consts):
-        given[k] = dataclasses.replace(given[k], zero=True)
+        given[k] = dataclasses.replace(given[k], zero=frozenset(range(len(given[k].shape))))
         for _, own in given[k].fields:
             labels.own(own)
             if path in forced:
@@ -196,10 +204,9 @@ def _run_equation(eqn: Any, given: list[Any], walked: Walked, indices: Any, here
     known, one = PRIMITIVES.get(eqn.primitive.name), Cut(eqn, noted.given, noted.made, indices)
     if not one.touched:
         return one.bind(*given)
-    # Constants of an inner program come whole.
     given = [
-        taken(array, indices(value)) if value.shape and np.shape(array) == value.shape else array
-        for array, value in zip(given, noted.given, strict=True)
+        taken(array, indices(value)) if whole else array
+        for array, value, whole in zip(given, noted.given, noted.constant, strict=True)
     ]
     return one.bind(*given) if known is None or known.run is None else known.run(one, given)
 
@@ -218,12 +225,23 @@ def _rules(labels: Labels, places: dict[Address, Noted]) -> Rules:
                 join(a, b, eqn.primitive.name)
         else:
             known = PRIMITIVES.get(eqn.primitive.name)
+            if known is None or not known.keeps(eqn, operands):
+                for value in operands:
+                    counted(labels, value)
             out = list((known.label if known else unknown)(labels, eqn, operands))
+            for value in out if eqn.primitive.name == "slice" else operands:
+                use(value)
         if settled:
-            places[place.address] = Noted(operands, out, derivative)
+            places[place.address] = Noted(operands, out, [value is _CONSTANT for value in given], derivative)
         return out
 
+    def use(value: Value) -> None:
+        for field in value.fields:
+            labels.use(field.labels)
+
     def join(a: Value, b: Value, name: str) -> Value:
+        for value in (a, b):
+            counted(labels, value)
         if a is _CONSTANT or b is _CONSTANT:
             for value in (a, b):
                 fixed(labels, value, f"{name} may put a constant in its place")
@@ -236,22 +254,25 @@ def _rules(labels: Labels, places: dict[Address, Noted]) -> Rules:
         del depth
         if value is _CONSTANT:
             return value
+        counted(labels, value)
         value = separated(labels, value, [0])
         fixed(labels, value, "its entries are the steps of a scan", [0])
         fields = [Field(tuple(a - 1 for a in axes), own) for axes, own in value.fields if axes != (0,)]
-        return Value(value.shape[1:], tuple(fields), (), value.zero)
+        return Value(value.shape[1:], tuple(fields), (), frozenset(a - 1 for a in value.zero if a))
 
     def whole(value: Value, name: str, length: int | None) -> Value:
         del name
         if value is _CONSTANT or length is None:
             return value
+        counted(labels, value)
         steps = labels.fresh(length)
         labels.fix(steps, "its entries are the steps of a scan")
         fields = [Field((0,), steps), *(Field(tuple(a + 1 for a in axes), own) for axes, own in value.fields)]
-        return Value((length, *value.shape), tuple(fields), (), value.zero)
+        return Value((length, *value.shape), tuple(fields), (), frozenset(a + 1 for a in value.zero))
 
     def shard(value: Value, shape: tuple[int, ...]) -> Value:
         local = fresh(labels, shape)
+        counted(labels, value)
         for each in (value, local):
             fixed(labels, each, "a shard_map divides it among devices")
         return local

@@ -3,7 +3,8 @@
 import dataclasses
 import enum
 import hashlib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from jax.extend.core import Literal, jaxprs_in_params
 
 from jaxopt_lab.core import tree
-from jaxopt_lab.core.tracing.programs import Program, arrays_of, trace
+from jaxopt_lab.core.tracing.programs import Program, arrays_of, like, trace
 from jaxopt_lab.core.types import PyTree
 
 __all__ = ["Fingerprint", "fingerprint", "of_program", "primitives"]
@@ -57,7 +58,7 @@ class Fingerprint:
         True
         """
         arrays, rebuilt = arrays_of((args, kwargs))
-        then = [jax.ShapeDtypeStruct(shape, array.dtype) for shape, array in zip(self.shapes, arrays, strict=True)]
+        then = [like(array, shape) for shape, array in zip(self.shapes, arrays, strict=True)]
         args, kwargs = rebuilt(then)
         return _program(trace(apply, params, *args, **kwargs)[0]) != self.program
 
@@ -123,22 +124,33 @@ def _program(program: Program) -> str:
 
 def _written(jaxpr: Any, lines: list[str]) -> None:
     """A program as lines, in which values have the numbers in which they come."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    inputs = [str(k) for k in range(len(inner.invars))]
+    lines += [f"in {v.aval.str_short()}" for v in inner.invars]
+    lines.append(f"return {' '.join(_equations(jaxpr, inputs, lines, itertools.count(len(inputs))))}")
+
+
+def _equations(jaxpr: Any, inputs: Sequence[str], lines: list[str], numbers: Iterator[int]) -> list[str]:
+    """The equations of a program as lines; its results, as its inputs, are numbers or constants."""
     inner, consts = getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
-    numbers = {v: k for k, v in enumerate([*inner.constvars, *inner.invars])}
-    lines += [_number(const) for const in consts]
-    lines += [f"in {v.aval.str_short()}" for v in numbers]
+    env = dict(zip(inner.constvars, map(_number, consts), strict=False)) | dict(zip(inner.invars, inputs, strict=True))
 
     def value(v: Any) -> str:
-        return _number(v.val) if isinstance(v, Literal) else str(numbers[v])
+        return _number(v.val) if isinstance(v, Literal) else env[v]
 
     for eqn in inner.eqns:
-        lines.append(f"{eqn.primitive.name} {' '.join(map(value, eqn.invars))}")
+        given = [value(v) for v in eqn.invars]
+        if eqn.primitive.name == "jit":
+            # A function is the same whether or not it, or a part of it, is compiled.
+            env.update(zip(eqn.outvars, _equations(eqn.params["jaxpr"], given, lines, numbers), strict=True))
+            continue
+        lines.append(f"{eqn.primitive.name} {' '.join(given)}")
         for key in sorted(eqn.params):
             _parameter(key, eqn.params[key], lines)
         for v in eqn.outvars:
-            numbers[v] = len(numbers)
+            env[v] = str(next(numbers))
             lines.append(f"out {v.aval.str_short()}")
-    lines.append(f"return {' '.join(map(value, inner.outvars))}")
+    return [value(v) for v in inner.outvars]
 
 
 def _parameter(key: str, held: Any, lines: list[str]) -> None:

@@ -17,7 +17,7 @@ from jax.extend.core import Literal
 from jaxopt_lab.core import tree
 from jaxopt_lab.core.types import PyTree
 
-__all__ = ["FORMS", "Form", "Frame", "Place", "Program", "Rules", "Seen", "arrays_of", "flow", "run", "trace"]
+__all__ = ["FORMS", "Form", "Frame", "Place", "Program", "Rules", "Seen", "arrays_of", "flow", "like", "run", "trace"]
 
 
 class Program(NamedTuple):
@@ -78,6 +78,15 @@ def arrays_of(whole: PyTree) -> tuple[list[Any], Callable[[Sequence[Any]], PyTre
         return jax.tree.unflatten(structure, [next(rest) if _is_array(leaf) else leaf for leaf in leaves])
 
     return [leaf for leaf in leaves if _is_array(leaf)], rebuilt
+
+
+def like(array: Any, shape: Sequence[int]) -> jax.ShapeDtypeStruct:
+    """An array of another shape and of the same kind: of its dtype, and as ready to take that of another.
+
+    >>> like(jax.numpy.full((2,), 1.0), (3,)).weak_type
+    True
+    """
+    return jax.ShapeDtypeStruct(shape, array.dtype, weak_type=bool(getattr(array, "weak_type", False)))
 
 
 def _is_array(leaf: Any) -> bool:
