@@ -145,6 +145,23 @@ def test_a_fresh_process_binds_the_same_function_and_no_other(tmp_path):
     assert done.stdout.splitlines() == ["(5, 2)", "(1, 2)", "True", "(5, 2)"]
 
 
+def test_the_same_function_is_no_other_where_it_is_compiled_mapped_or_differentiated():
+    _, small, plan = slim(_apply, PARAMS, X, ratio=0.5)
+    want = plan.bind(_apply)(small, X)
+    for got in (
+        jax.jit(plan.bind(_apply))(small, X),
+        plan.bind(jax.jit(_apply))(small, X),
+        jax.vmap(plan.bind(_apply), (None, 0))(small, X[:, None])[:, 0],
+        jax.lax.scan(lambda carry, x: (carry, plan.bind(_apply)(small, x)), 0, X[:, None])[1][:, 0],
+        plan.bind(_apply)(small, np.asarray(X)),
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert np.isfinite(jax.grad(lambda small: plan.bind(_apply)(small, X).sum())(small)["a"]).all()
+    for other in (lambda p, x: _apply(p, 2 * x), lambda p, x: _apply(p, x) + 1e-3, lambda p, x: jnp.sin(x @ p["a"]) @ p["b"]):
+        with pytest.raises(ValueError, match="is not the function that the plan was made for"):
+            plan.bind(other)(small, X)
+
+
 def test_a_plan_for_predict_binds_apply():
     model = nets.from_linen(nets.ResNet(depth=6, widths=(4, 6), classes=3))
     x = _normal(2, 8, 8, 3)
