@@ -16,7 +16,7 @@ from jaxopt_lab.core.tracing.levels import next_values
 from jaxopt_lab.core.tracing.programs import Program, arrays_of, like, trace
 from jaxopt_lab.core.types import PyTree, Where
 
-__all__ = ["Coupling", "Group", "Member", "Protected", "coupled_channels", "coupling_of", "walked"]
+__all__ = ["Coupling", "Group", "Member", "Protected", "counts_of", "coupled_channels", "coupling_of", "walked"]
 
 
 class Member(NamedTuple):
@@ -222,3 +222,20 @@ def coupling_of(found: Walked) -> Coupling:
         for signature, members in alike.items()
     ]
     return Coupling(tuple(groups), tuple(protected))
+
+
+def counts_of(groups: Sequence[Group], named: Mapping[str, int], option: str) -> list[int]:
+    """How many units each group is to have: as many as it has, but for those that are named.
+
+    >>> counts_of([Group((Member(path, 0, np.zeros((4, 1))),)) for path in "ab"], {"b[0]": 3}, "keep")
+    [4, 3]
+    """
+    wanted = [group.units for group in groups]
+    for name, n in named.items():
+        found = [k for k, group in enumerate(groups) if name in {f"{member.path}[{member.axis}]" for member in group.members}]
+        if not found:
+            known = ", ".join(group.name for group in groups[:8])
+            raise ValueError(f"{option} names {name}, which is in no group that can be cut; there are {known}")
+        for k in found:
+            wanted[k] = n
+    return wanted

@@ -14,12 +14,12 @@ from jaxopt_lab.core.checks import require
 from jaxopt_lab.core.tracing.fingerprint import fingerprint, of_program
 from jaxopt_lab.core.types import PyTree, Where
 from jaxopt_lab.surgery.budgets import Budget
-from jaxopt_lab.surgery.coupled import Group, coupling_of, walked
+from jaxopt_lab.surgery.coupled import Group, counts_of, coupling_of, walked
 from jaxopt_lab.surgery.criteria import Criterion, magnitude
 from jaxopt_lab.surgery.plan import Plan, bound
 from jaxopt_lab.surgery.ranking import Ranking, local
 
-__all__ = ["counts_of", "slim"]
+__all__ = ["slim"]
 
 
 def slim(
@@ -128,24 +128,6 @@ def slim(
         budgets = [budget] if isinstance(budget, Budget) else list(budget or ())
         plan = _within(at, predict, dense, example, budgets)
     return bound(apply, plan), plan.cut(dense), plan
-
-
-def counts_of(groups: Sequence[Group], named: Mapping[str, int], option: str) -> list[int]:
-    """How many units each group is to have: as many as it has, but for those that are named.
-
-    >>> from jaxopt_lab.surgery.coupled import Member
-    >>> counts_of([Group((Member(path, 0, np.zeros((4, 1))),)) for path in "ab"], {"b[0]": 3}, "keep")
-    [4, 3]
-    """
-    wanted = [group.units for group in groups]
-    for name, n in named.items():
-        found = [k for k, group in enumerate(groups) if name in {f"{member.path}[{member.axis}]" for member in group.members}]
-        if not found:
-            known = ", ".join(group.name for group in groups[:8])
-            raise ValueError(f"{option} names {name}, which is in no group that can be cut; there are {known}")
-        for k in found:
-            wanted[k] = n
-    return wanted
 
 
 def _plan(

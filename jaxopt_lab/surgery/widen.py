@@ -15,10 +15,9 @@ from jaxopt_lab.core.tracing.fingerprint import of_program
 from jaxopt_lab.core.tracing.programs import arrays_of
 from jaxopt_lab.core.tracing.walks import follow
 from jaxopt_lab.core.types import Array, PyTree
-from jaxopt_lab.surgery.coupled import Group, coupling_of, walked
+from jaxopt_lab.surgery.coupled import Group, counts_of, coupling_of, walked
 from jaxopt_lab.surgery.plan import Plan, bound
 from jaxopt_lab.surgery.probes import apart, numbers, probes
-from jaxopt_lab.surgery.slim import counts_of
 
 __all__ = ["widen"]
 
