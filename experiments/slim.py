@@ -4,29 +4,35 @@
     python experiments/slim.py --data-dir DIRECTORY --validation    the same, measured on 10,000 of the training images
     python experiments/slim.py --dataset digits                     the same on scikit-learn's digits
 
-A ResNet-8 of 8, 16 and 32 channels is trained by Adam for three passes. Of every group of coupled channels the same part is cut, so
-that a call on one image takes at most a quarter of the multiplications. What is left is trained on for two passes: by a fresh Adam,
-on a cosine of its own.
+A ResNet-8 of 16, 32 and 64 channels is trained by Adam for three passes. Of every group of coupled channels the same part is cut,
+so that a call on one image takes at most a quarter of the multiplications. What is left is trained on for two passes: by a fresh
+Adam, on a cosine of its own.
 
     slimmed, trained on    the channels with the smallest weights are cut
     random, trained on     channels are cut at random: the control that every criterion has to beat
+    dense, trained on      the dense network for as many further passes, in the same way
     from scratch           a network of the slimmed shape, drawn anew and trained for as many passes as those had in all
 
-The rate of the further passes was chosen with --validation on seed 0, where dense had 99.04 %: 2e-3 gave 97.18 %, 4e-3 97.78 % and
-8e-3 98.31 % (this one). Higher ones were not tried.
+The rate of the further passes was chosen with --validation on seed 0, where dense had 99.30 %: 1e-2 gave 99.15 % (this one), 2e-2
+99.10 %. By Taylor's criterion instead of magnitude 1e-2 gave 99.15 %, too. With 8, 16 and 32 channels, dense at 99.01 %, 8e-3 gave
+98.22 %, 2e-2 98.39 %, and neither distillation from the dense network (98.39 %), nor Taylor's criterion or Fisher's with it (98.40,
+98.29 %), nor batches of 32 (98.47 %) came within the aim: so small a network loses by being quartered.
 
-Measured over three seeds on the test set, with --no-scratch, in ten minutes on two busy cores: the accuracy in %, the points
-against dense, and the time of a call against dense at batch 1 and 64.
+Measured over three seeds on the test set: the accuracy in %, the points against dense, and the time of a call against dense at
+batch 1 and 64.
 
-                                      accuracy    points     at 1    at 64
-    dense                              99.05                 1.00     1.00
-    slimmed                            11.79      -87.26     0.78     1.06
-    slimmed, trained on (aim: -0.3)    98.21       -0.84     0.72     1.05
-    random, trained on                 98.27       -0.78     0.81     1.05
+                                      accuracy    points    of each seed           at 1    at 64
+    dense                              99.32                                       1.00     1.00
+    slimmed                             9.73      -89.59                           0.77     0.52
+    slimmed, trained on (aim: -0.3)    99.13       -0.18    -0.12, -0.15, -0.28    0.77     0.52
+    random, trained on                 99.16       -0.16    -0.14, -0.02, -0.32    0.77     0.51
+    dense, trained on (seed 0)         99.35       +0.03
+    from scratch (seed 0)              99.13       -0.19
 
-The aim is missed by 0.54 points, and magnitude does not beat chance. What was trained from scratch was not measured. The dense
-network had three passes, and was not trained on. 4,250 of 19,074 parameters, 0.235 of the multiplications and 0.244 of
-the packed file are left; at batch 64 nothing gets faster at this size.
+The aim is met, but magnitude does not beat chance, nor does either beat a network of that shape trained from scratch for as long:
+what makes the small network good is its shape and the passes, not which channels it kept (Liu et al., "Rethinking the value of
+network pruning", 2019, found the same). The last two rows were measured for one seed. 17,706 of 75,002 parameters, 0.242 of the
+multiplications and 0.243 of the packed file are left.
 """
 
 import functools

@@ -94,6 +94,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
         assert "\n" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_in_a_hurry")
 def test_lenet_over_seeds(tmp_path, capsys):
     study = load("lenet")
@@ -105,6 +106,7 @@ def test_lenet_over_seeds(tmp_path, capsys):
     assert lines[1]["arrays_to_dense"] <= 0.27
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_in_a_hurry")
 def test_formats_of_a_trained_network(tmp_path, capsys):
     study = load("quantize")

@@ -31,7 +31,7 @@ def magnitude(p: float = 2.0) -> Criterion:
       ValueError: `p` is not positive.
 
     >>> group = Group((Member("w", 1, jnp.array([[0], [1]])),))
-    >>> magnitude()(group, {"w": jjnp.array([[1.0, 3.0], [1.0, 1.0]])}).tolist()  # doctest: +ELLIPSIS
+    >>> magnitude()(group, {"w": jnp.array([[1.0, 3.0], [1.0, 1.0]])}).tolist()  # doctest: +ELLIPSIS
     [0.33..., 1.66...]
 
     Source: Li et al., "Pruning filters for efficient ConvNets", 2017; Fang et al., "DepGraph: towards any structural pruning",
@@ -75,7 +75,7 @@ def fisher(gradients: PyTree) -> Criterion:
       ValueError: in a call, when an array is not one gradient for each of N examples.
 
     >>> group = Group((Member("w", 0, jnp.array([[0], [1]])),))
-    >>> fisher({"w": jjnp.array([[3.0, -1.0], [-3.0, -1.0]])})(group, {"w": jnp.array([1.0, 1.0])}).tolist()
+    >>> fisher({"w": jnp.array([[3.0, -1.0], [-3.0, -1.0]])})(group, {"w": jnp.array([1.0, 1.0])}).tolist()
     [1.8..., 0.2...]
 
     Source: Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018; Liu et al., "Group Fisher pruning
@@ -105,7 +105,7 @@ def activation(inputs: PyTree) -> Criterion:
       inputs: the mean size of the input that each weight meets, as `mean_inputs` gives it; weights that it lacks do not count.
 
     >>> group = Group((Member("w", 0, jnp.array([[0], [1]])),))
-    >>> activation({"w": jjnp.array([[3.0], [1.0]])})(group, {"w": jjnp.array([[1.0], [1.0]])}).tolist()
+    >>> activation({"w": jnp.array([[3.0], [1.0]])})(group, {"w": jnp.array([[1.0], [1.0]])}).tolist()
     [1.5, 0.5]
 
     Source: Sun et al., "A simple and effective pruning approach for large language models", 2024 (Wanda); by units as in An et al.,

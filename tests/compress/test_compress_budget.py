@@ -58,6 +58,7 @@ def test_the_choice_is_the_best_of_all():
             assert sum(c[k] for c, k in zip(costs, got, strict=True)) == pytest.approx(best)
 
 
+@pytest.mark.slow
 def test_mixed_bits_fit_and_beat_equal_bits_of_the_same_size():
     uniform = compress.quantize(PARAMS, bits=4)
     forms = [functools.partial(compress.quantize, bits=bits) for bits in (2, 3, 4, 6, 8)]

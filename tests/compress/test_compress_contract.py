@@ -183,6 +183,7 @@ def test_lifted_equals_dense(model: str, leaf: str):
     close(spread.astype(jnp.float32), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_trees_stacked_for_vmap_keep_their_leaves(leaf: str):
     apply, variables, x, where = _case("mlp")
@@ -228,6 +229,7 @@ def test_every_leaf_and_its_optimiser_survive_the_disk(tmp_path):
     np.testing.assert_array_equal(y, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leaf", ["int8 per channel", "int4", "float8", "NF4", "low rank", "clustered"])
 def test_a_lookup_of_an_embedding_never_makes_the_table_dense(leaf: str):
     table = nn.Embed(32, 8)

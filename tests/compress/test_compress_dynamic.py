@@ -48,6 +48,7 @@ ROUNDED = {
 }
 
 
+@pytest.mark.slow
 def test_sums_are_those_worked_by_hand():
     # Codes of the weight 127, -64 (-63.5 to even) at scale 2 / 127; rows: scale 1 / 127, codes 127, 64 and scale 0.5, codes 0, 127.
     p = {"kernel": jnp.array([[2.0], [-1.0]])}
@@ -185,6 +186,7 @@ def test_earlier_layers_train_through_it():
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _LEAVES)
 def test_the_error_is_small_and_rows_do_not_meet(name):
     x = jnp.clip(_normal(5, 64, seed=1), -1.5, 1.5)

@@ -98,6 +98,7 @@ def test_every_channel_has_its_scale(axis):
     assert params["kernel"].step.shape == plain["kernel"].scale.shape
 
 
+@pytest.mark.slow
 def test_half_precision_stays_and_the_lifted_product_has_its_gradient():
     params = compress.fake_quantize({"kernel": _params()["kernel"].astype(jnp.bfloat16)}, 4, where="kernel")
     assert params["kernel"].materialise().dtype == jnp.bfloat16
@@ -146,6 +147,7 @@ class Net(nn.Module):
         return nn.Dense(3)(nn.relu(nn.Dense(8)(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leaf", [compress.StraightThrough, compress.LearnedStep])
 def test_training_in_few_bits_fits_and_what_is_sparse_stays_sparse(leaf):
     x = jax.random.normal(jax.random.key(0), (64, 4))

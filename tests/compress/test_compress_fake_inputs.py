@@ -79,6 +79,7 @@ def _convolutional():
     return params, jnp.abs(_normal(4, 3, 3, 2, seed=3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEAVES)
 def test_what_is_frozen_is_what_was_trained(name):
     params, x = _convolutional()
@@ -199,6 +200,7 @@ def test_a_schedule_moves_both_amounts():
     assert (float(leaf.amount[0, 0]), float(leaf.inner.amount), float(leaf.inner.bits), leaf.bits) == (0.25, 0.25, 4.0, 8)
 
 
+@pytest.mark.slow
 def test_on_disk_and_sharded(tmp_path):
     params = {"kernel": _normal(8, 4)}
     trees = {name: make(fake_quantize(params), 4) for name, make in LEAVES.items()}
@@ -216,6 +218,7 @@ def test_on_disk_and_sharded(tmp_path):
         np.testing.assert_allclose(got, lift(_times)(trees[name], x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_is_clustered_stays_clustered_while_its_values_are_rounded():
     w = jnp.where(jnp.abs(_normal(12, 8)) < 0.5, 0.0, _normal(12, 8))
     clustered = compress.cluster({"kernel": w}, k=6, preserve_zero=True)

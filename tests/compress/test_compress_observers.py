@@ -242,6 +242,7 @@ def test_the_moving_average_is_that_of_a_loop():
 # What holds for all of them.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _FAMILIES)
 def test_observers_run_in_a_scan_under_vmap_and_merge(name):
     observer, ranges_of = _FAMILIES[name][0], [observer.range for observer in _FAMILIES[name]]

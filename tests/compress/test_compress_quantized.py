@@ -230,6 +230,7 @@ def test_narrow_codes_take_as_many_bits_as_they_have(bits, nbytes):
     assert tree.nbytes(stored["kernel"].codes) == nbytes
 
 
+@pytest.mark.slow
 def test_the_error_falls_with_bits_with_channels_and_with_groups():
     w = _normal(64, 16) * jnp.exp(_normal(1, 16, seed=1)) * jnp.where(_normal(64, 16, seed=2) > 2, 4, 1)
 

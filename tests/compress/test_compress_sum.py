@@ -147,6 +147,7 @@ def test_the_error_falls_with_the_iterations():
     _close(alone.materialise(), low_rank({"kernel": w}, rank=3)["kernel"].materialise(), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_split_weights_work_under_vmap_and_in_a_scan():
     w = _array(2, 8, 8)
     store = lambda w: split_low_rank({"kernel": w}, rank=2, rest=functools.partial(compress.quantize, axis=None), iterations=2)  # noqa: E731
@@ -174,6 +175,7 @@ def _net() -> tuple[Any, jax.Array]:
     return jax.jit(Net().init)(jax.random.key(0), x), x
 
 
+@pytest.mark.slow
 def test_new_factors_change_nothing_and_then_they_alone_train():
     variables, x = _net()
     half = compress.quantize(variables, where="**/Dense_0/kernel")

@@ -108,6 +108,7 @@ def test_dtypes_stacking_and_words(kind):
     assert leaf.format() == f"{leaf.inner.format()}, " + ("inputs scaled" if kind is InputScaled else "rotated along 0")
 
 
+@pytest.mark.slow
 def test_what_has_no_rule_is_dense():
     w, x = _normal(4, 4), _normal(3, 4, seed=1)
     scaled, turned = _made(InputScaled, w, (0,)), _made(Rotated, w, (0,))

@@ -144,6 +144,7 @@ def test_a_lifted_model_equals_the_dense_one_in_value_and_gradients():
     _close(one, want)
 
 
+@pytest.mark.slow
 def test_stacked_kernels_in_other_layouts_and_types():
     w = jnp.asarray(_array(2, 6, 8, 3, 3)).astype(jnp.bfloat16)
     stored = tucker2({"weight": w}, ranks=(3, 4), inputs=2, outputs=1, stacked=1, where="weight")
@@ -162,6 +163,7 @@ def test_stacked_kernels_in_other_layouts_and_types():
     assert jax.tree.structure(manifest.rebuild(*manifest.describe(leaf))) == jax.tree.structure(leaf)
 
 
+@pytest.mark.slow
 def test_kernels_that_would_not_shrink_stay_dense():
     params = {"a": {"kernel": _array(3, 3, 8, 8)}, "b": {"kernel": _array(3, 3, 2, 4)}, "c": {"kernel": _array(8, 8)}}
     stored = tucker2(params, ranks=(4, 4), iterations=0)

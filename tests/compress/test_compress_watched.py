@@ -46,6 +46,7 @@ def test_every_way_is_named(apply, native, materialised):
     assert jax.tree.structure(same) == jax.tree.structure(apply(W, jnp.ones((1, 4))))
 
 
+@pytest.mark.slow
 def test_a_model_leaf_by_leaf():
     model = nets.from_linen(nets.LeNet())
     x = jnp.zeros((1, 28, 28, 1))

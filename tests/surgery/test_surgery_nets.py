@@ -74,7 +74,7 @@ NARROWED = {
 }
 
 # The others with `scripts/test -m slow`.
-_OFTEN = ("squeeze_excitation", "lstm", "unet_group", "separate", "mixer")
+_OFTEN = ("squeeze_excitation", "unet_group", "separate")
 
 
 def _rows(names):

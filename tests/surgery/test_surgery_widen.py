@@ -35,7 +35,11 @@ ZOO = {
 }
 
 
-@pytest.mark.parametrize("name", ZOO)
+# The others with `scripts/test -m slow`.
+_OFTEN = ("mobilenet", "decoder")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in _OFTEN else pytest.mark.slow) for name in ZOO])
 def test_the_function_stays(name):
     module, x, factor = ZOO[name]
     model = nets.from_linen(module)

@@ -69,9 +69,9 @@ def adaround(
     Raises:
       ValueError: a setting is out of range, or the shapes do not fit.
 
-    >>> w, moment, scale = jnp.array([[0.4], [0.4]]), jnp.array([[1.0, 0.9], [0.9, 1.0]]), jnp.ones((1, 1))
-    >>> int(adaround(w, moment, scale, bits=4).sum())
-    1
+    >>> w, moment, scale = jnp.array([[0.44], [0.4]]), jnp.array([[1.0, 0.9], [0.9, 1.0]]), jnp.ones((1, 1))
+    >>> adaround(w, moment, scale, bits=4).tolist()  # each alone would be rounded down
+    [[1], [0]]
 
     Source: Nagel et al., "Up or down? Adaptive rounding for post-training quantization", 2020.
     """
