@@ -18,7 +18,6 @@ from jaxopt_lab.compress.leaves import strips
 from jaxopt_lab.compress.leaves.clustered import Clustered, cluster
 from jaxopt_lab.core import tree
 
-# Small programs run once each: the time goes into compiling, so compile carelessly.
 _k_means = jax.jit(kmeans.k_means, static_argnames=("k", "start", "preserve_zero"))
 
 

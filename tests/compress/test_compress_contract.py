@@ -75,9 +75,6 @@ class MLP(nn.Module):
         return nn.Dense(3, dtype=self.dtype)(nn.gelu(nn.Dense(6, dtype=self.dtype)(x)))
 
 
-# Hundreds of small programs run once each: the time goes into compiling, so compile carelessly.
-
-
 def _linen(module: nn.Module, x: jax.Array, where: str = "**/kernel") -> Case:
     return Case(module.apply, jax.jit(module.init)(jax.random.key(0), x), x, where)
 

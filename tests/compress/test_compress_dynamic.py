@@ -12,8 +12,6 @@ from jaxopt_lab import compress
 from jaxopt_lab.compress import DynamicQuantized, Quantized, StaticQuantized, dynamic, quantize, static
 from jaxopt_lab.core import tree
 
-# Small programs run once each: the time goes into compiling, so compile carelessly.
-
 
 def _normal(*shape: int, seed: int = 0) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)

@@ -18,8 +18,6 @@ from jaxopt_lab.compress.arrays import affine, float8, normal_float, packing
 from jaxopt_lab.compress.leaves import product
 from jaxopt_lab.core import tree
 
-# Small programs run once each: the time goes into compiling, so compile carelessly.
-
 FORMATS = {
     "int8": quantize,
     "int4": functools.partial(quantize, bits=4),

@@ -19,8 +19,6 @@ from jaxopt_lab.compress import Quantized
 from jaxopt_lab.compress.arrays import affine
 from jaxopt_lab.core import tree
 
-# Small programs run once each: the time goes into compiling, so compile carelessly.
-
 
 def _normal(*shape: int, seed: int = 0) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)

@@ -17,7 +17,6 @@ from jaxopt_lab.compress.leaves.masked import Masked, store_sparse
 from jaxopt_lab.compress.leaves.n_of_m import NM, store_n_of_m
 from jaxopt_lab.core import tree
 
-# Small programs run once each: the time goes into compiling, so compile carelessly.
 _dense = jax.jit(lambda leaf: leaf.materialise())
 _pack, _to_groups = jax.jit(packing.pack, static_argnums=(1, 2)), jax.jit(sparse.to_groups, static_argnums=(1, 2, 3))
 

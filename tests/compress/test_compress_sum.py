@@ -18,7 +18,6 @@ from jaxopt_lab.compress.leaves.low_rank import LowRank, low_rank
 from jaxopt_lab.compress.leaves.sum import Frozen, Sum, add_low_rank, split_low_rank
 from jaxopt_lab.core import tree
 
-# Small programs run once each: the time goes into compiling, so compile carelessly.
 _close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
 
 

@@ -15,7 +15,6 @@ from jaxopt_lab.compress.arrays import factor
 from jaxopt_lab.compress.leaves.tucker import Tucker2, tucker2
 from jaxopt_lab.core import tree
 
-# Small programs run once each: the time goes into compiling, so compile carelessly.
 _close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
 
 

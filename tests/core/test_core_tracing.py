@@ -15,8 +15,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxopt_lab.core import tracing, tree
 from jaxopt_lab.core.tracing import Reducer, programs, views, walks
 
-# Small programs run once each: the time goes into compiling, so compile carelessly.
-
 
 def _f32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)

@@ -12,8 +12,6 @@ from jax.sharding import PartitionSpec as P
 
 from jaxopt_lab import prune
 
-# Compiled for one call: what the compiler would spend on speed costs more than it saves.
-
 KTH = jax.jit(prune.kth_largest)
 KEEP = jax.jit(lambda scores, k: prune.keep_largest(scores, k, joint=True))
 SHAPES = [(7, 5), (64,), (3, 3, 4)]

@@ -15,8 +15,6 @@ from jax.sharding import PartitionSpec as P
 
 from jaxopt_lab import prune, schedules
 
-# Compiled for one call: what the compiler would spend on speed costs more than it saves.
-
 KEY = jax.random.key(0)
 PARAMS = {
     "a": {"kernel": jax.random.normal(KEY, (6, 5)), "bias": jnp.full(5, 0.1)},
