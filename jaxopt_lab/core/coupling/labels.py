@@ -74,6 +74,8 @@ class Labels:
 
         A reason that was given before stands.
         """
+        if not np.size(labels):
+            return
         roots = np.unique(self.root(labels))
         self._flags[_COUNTED if counted else _FIXED, roots] = True
         self._reasons.append((roots, reason))
