@@ -44,11 +44,11 @@ def _gates(group):
 def test_scores_are_derivatives_by_gates():
     """Taylor and Fisher scores against the derivatives by a gate on the member that they are of."""
     grads = jax.grad(_loss)(PARAMS, X, Y)
-    each = jax.vmap(jax.grad(_loss), (None, 0, 0))(PARAMS, X[:, None], Y[:, None])
-    for group in coupled_channels(_apply, PARAMS, X).groups[:1]:
+    each = jax.jit(jax.vmap(jax.grad(_loss), (None, 0, 0)))(PARAMS, X[:, None], Y[:, None])
+    for group in coupled_channels(_apply, PARAMS, X).groups:
         for member in group.members:
             alone = Group((member,))
-            by_gate = jax.vmap(jax.grad(_gates(alone)), (None, 0, 0))(jnp.ones(group.units), X, Y)
+            by_gate = jax.jit(jax.vmap(jax.grad(_gates(alone)), (None, 0, 0)))(jnp.ones(group.units), X, Y)
             first, second = jnp.abs(by_gate.sum(0)), jnp.mean(by_gate**2, axis=0)
             np.testing.assert_allclose(surgery.taylor(grads)(alone, PARAMS), first / first.mean(), rtol=1e-4)
             np.testing.assert_allclose(surgery.fisher(each)(alone, PARAMS), second / second.mean(), rtol=1e-4)

@@ -672,6 +672,15 @@ def test_positions_that_this_length_does_not_reach_are_no_units():
     np.testing.assert_allclose(small_apply(small, x), apply(mask(params, plan), x), rtol=1e-5, atol=1e-6)
 
 
+def test_a_choice_between_zeros_is_walked():
+    """What a program chooses may be literals alone, as where a mask of no use is traced."""
+    params = {"a": _normal(3, 8), "b": _normal(8, 2, seed=1)}
+    apply = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"] + jax.lax.select_n(x[0, 0] > 0, 0.0, 0.0)  # noqa: E731
+    x = _normal(5, 3)
+    small_apply, small, plan = slim(apply, params, x, ratio=0.5)
+    np.testing.assert_allclose(small_apply(small, x), apply(mask(params, plan), x), rtol=1e-5, atol=1e-6)
+
+
 def test_weakly_typed_numbers_stay_so():
     params = {"a": jnp.full((3, 8), 0.5), "b": jnp.ones((8, 2), jnp.bfloat16)}
     x = _normal(2, 3).astype(jnp.bfloat16)

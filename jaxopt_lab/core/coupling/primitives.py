@@ -109,7 +109,8 @@ def _zero(eqn: Any, given: list[Value]) -> frozenset[int]:
         return given[0].zero
     if name == "select_n":
         rows = zip(given[1:], eqn.invars[1:], strict=True)
-        return _both(value for value, variable in rows if not _is_literal_zero(variable))
+        cases = [value for value, variable in rows if not _is_literal_zero(variable)]
+        return _both(cases) if cases else frozenset()
     return _both(full) if full and _keeps_zero(eqn, [bool(value.shape) for value in given]) else frozenset()
 
 
