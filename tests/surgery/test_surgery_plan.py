@@ -110,6 +110,10 @@ def test_experts_are_cut_where_they_are_forced(top, tmp_path):
     np.testing.assert_allclose(small_apply(small, X), _experts(top)(by_hand, X), rtol=1e-5, atol=1e-6)
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json").forced == ("router",)
+    if top:
+        small_apply, small, _ = slim(apply, params, X, keep={"router[1]": 1}, force="router")
+        with pytest.raises(ValueError, match="top_k chooses 2 of 4, and 1 are left: keep 2"):
+            small_apply(small, X)
 
 
 def test_a_module_of_equinox_with_its_functions_among_the_leaves():

@@ -500,9 +500,11 @@ def _window(labels: Labels, eqn: Any, given: list[Value]) -> list[Value]:
 
 def _run_chosen(cut: Cut, arrays: Sequence[Any]) -> list[Any]:
     """The number of an entry is the one that it had among all."""
-    out = cut.bind(*arrays)
     (axis,) = cut.eqn.params.get("axes") or (len(cut.given[0].shape) - 1,)
-    left = cut.kept(cut.given[0])[axis]
+    left, k = cut.kept(cut.given[0])[axis], cut.eqn.params.get("k", 1)
+    if k > len(left):
+        raise ValueError(f"{cut.eqn.primitive.name} chooses {k} of {cut.given[0].shape[axis]}, and {len(left)} are left: keep {k}")
+    out = cut.bind(*arrays)
     whole = len(left) == cut.given[0].shape[axis]
     return out if whole else [*out[:-1], jnp.asarray(left, out[-1].dtype)[out[-1]]]
 
