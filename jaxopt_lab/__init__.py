@@ -21,6 +21,7 @@ The floors, each of which imports only lower ones (a test walks the imports):
     2  data          arrays, data sets, batches as f(seed, step)
     3  train         state, step, loop, evaluation
     3  parallel      the same step on many devices
+    4  search        spaces, samplers, populations in one program, gradients of hyper-parameters, model selection
     4  report        the table and the picture
     6  cli           the parts of a command line that need no jax
 
@@ -48,6 +49,7 @@ __all__ = [
     "regularize",
     "report",
     "schedules",
+    "search",
     "surgery",
     "tracing",
     "train",
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
         regularize,
         report,
         schedules,
+        search,
         surgery,
         train,
     )

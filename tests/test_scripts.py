@@ -81,6 +81,16 @@ def test_slim(benchmark):
         assert row["time_to_macs"] == pytest.approx(row["time_ratio"] / row["macs_ratio"], rel=1e-2)
 
 
+def test_population(benchmark):
+    rows = benchmark(load("benchmark_population"), "--trials", "8", "--steps", "6", "--rebuilt", "1", "--sweeps", "1")
+    assert [row["case"] for row in rows] == ["mlp", "lenet", "halving"]
+    for row in rows[:2]:
+        # The same trials, however they were run.
+        assert row["best"] == pytest.approx(row["best_shared"], rel=1e-3)
+    assert rows[2]["within_1_percent"] in (0, 1)
+    assert rows[2]["cost"] <= 1
+
+
 def test_imports(benchmark, monkeypatch):
     module = load("benchmark_import")
     # In fresh processes as it stands, but of modules that cost next to nothing.

@@ -1,0 +1,180 @@
+"""Successive halving and Hyperband: the worse part of a population is dropped at each rung, and what is left goes on."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxopt_lab.core.types import Array, PyTree
+from jaxopt_lab.search.population import Crew, Members, Record, check_rungs, ranked
+from jaxopt_lab.search.spaces import configs as drawn_configs
+from jaxopt_lab.search.spaces import sample
+from jaxopt_lab.search.trial import Result, Trial
+
+__all__ = ["Hyperband", "halving_rungs", "hyperband", "successive_halving"]
+
+
+def halving_rungs(n: int, steps: int, factor: float = 3.0, least: int = 1) -> tuple[int, ...]:
+    r"""The rungs of successive halving: every survivor of a rung takes `factor` times as many steps to the next.
+
+    .. math:: r_k = \lfloor T \eta^{k - K} \rfloor, \quad K = \lfloor \min(\log_\eta n, \log_\eta (T / r_{min})) \rfloor
+
+    Args:
+      n: how many start.
+      steps: T, which the last ones take.
+      factor: :math:`\eta`, above 1.
+      least: :math:`r_{min}`, the fewest steps before anything is dropped.
+
+    Returns:
+      The K steps before T after which some are dropped.
+
+    Raises:
+      ValueError: the factor is not above 1, or `least` is not in `[1, steps]`.
+
+    >>> halving_rungs(27, 900)
+    (33, 100, 300)
+    """
+    if not factor > 1:
+        raise ValueError(f"factor must be above 1; got {factor}")
+    if not 1 <= least <= max(steps, 1):
+        raise ValueError(f"least must lie between 1 and {steps} steps; got {least}")
+    # The logarithm of a power is a whole number only to rounding.
+    count = math.floor(min(math.log(max(n, 1), factor), math.log(max(steps, 1) / least, factor)) + 1e-9)
+    rungs = [math.floor(steps * factor ** (k - count) + 1e-9) for k in range(count)]
+    return tuple(sorted({rung for rung in rungs if 0 < rung < steps}))
+
+
+def successive_halving(
+    trial: Trial,
+    configs: Sequence[Any],
+    *,
+    key: Array,
+    batches: Callable[[int], Any],
+    steps: int,
+    factor: float = 3.0,
+    least: int = 1,
+    rungs: Sequence[int] | None = None,
+    keep: int | None = 1,
+    maximize: bool = False,
+    **options: Any,
+) -> Result:
+    r"""Trains many configurations for a few steps, and ever fewer for ever longer.
+
+    At each rung the best :math:`\lceil n_k / \eta \rceil` of the :math:`n_k` that are left go on, from where they are; those that
+    diverged never do. The survivors move together into a narrower program, on the device.
+
+    Args:
+      trial, configs, key, batches, steps, maximize: as for `population`; `steps` is what the last ones take.
+      factor: :math:`\eta`: one in so many goes on.
+      least: the fewest steps before anything is dropped.
+      rungs: the steps after which some are dropped; None for those of `halving_rungs`.
+      keep: how many of the best states to return; None for all that took every step.
+      options: engine, memory, devices, static, as for `population`. All states that are alive must fit into memory.
+
+    Returns:
+      A `Result`; `curves` is NaN where a configuration had been dropped, and `best` is among those that took every step.
+
+    Raises:
+      ValueError: as for `population` and `halving_rungs`.
+
+    >>> import jax.numpy as jnp
+    >>> trial = Trial(lambda key, c: jnp.float32(1), lambda x, batch, c: (x - c["rate"] * x, {}), lambda x: x**2)
+    >>> configs = [{"rate": 0.2 * k} for k in range(9)]
+    >>> result = successive_halving(trial, configs, key=jax.random.key(0), batches=lambda step: {}, steps=9)
+    >>> result.best, result.evaluated, (~jnp.isnan(result.curves)).sum(axis=0).tolist()
+    (5, (1, 3, 9), [9, 3, 1])
+
+    Source: Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization", 2016.
+    """
+    marks = check_rungs(halving_rungs(len(configs), steps, factor, least) if rungs is None else rungs, steps)
+    if not factor > 1:
+        raise ValueError(f"factor must be above 1; got {factor}")
+    crew = Crew(trial, configs, key, batches, steps, **options)
+    record = Record(len(crew.configs))
+    members = Members(crew, record, crew.everyone())
+    for mark in marks:
+        members.advance(mark)
+        members.evaluate()
+        order = ranked(record.scores(mark), maximize)
+        if mark != steps:
+            if not order:
+                break
+            members.select({i: i for i in order[: math.ceil(len(members.alive) / factor)]})
+    members.hand_over(None if keep is None else set(order[:keep]), away=False)
+    return record.result(crew.configs, crew.names, order[0] if order else None)
+
+
+class Hyperband(NamedTuple):
+    """What `hyperband` found.
+
+    Attributes:
+      brackets: the result of each bracket, the most daring first.
+      config: the best configuration.
+      score: its score.
+      state: its state.
+    """
+
+    brackets: tuple[Result, ...]
+    config: Any
+    score: float
+    state: PyTree
+
+
+def hyperband(
+    trial: Trial,
+    space: PyTree,
+    *,
+    key: Array,
+    batches: Callable[[int], Any],
+    steps: int,
+    factor: float = 3.0,
+    least: int = 1,
+    maximize: bool = False,
+    **options: Any,
+) -> Hyperband:
+    r"""Successive halving at every trade-off between many configurations and many steps, each for about the same work.
+
+    With :math:`s_{max} = \lfloor \log_\eta (R / r_{min}) \rfloor`, the bracket :math:`s = s_{max}, ..., 0` starts
+    :math:`\lceil (s_{max} + 1) \, \eta^s / (s + 1) \rceil` configurations at :math:`R \eta^{-s}` steps.
+
+    Args:
+      trial, key, batches, maximize, options: as for `successive_halving`.
+      space: what configurations are drawn from.
+      steps: R, the most that any configuration takes.
+      factor: :math:`\eta`.
+      least: :math:`r_{min}`.
+
+    Raises:
+      ValueError: as for `successive_halving`, or every configuration diverged.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxopt_lab.search.spaces import uniform
+    >>> trial = Trial(lambda key, c: jnp.float32(1), lambda x, batch, c: (x - c["rate"] * x, {}), lambda x: x**2)
+    >>> found = hyperband(trial, {"rate": uniform(0.0, 2.0)}, key=jax.random.key(0), batches=lambda step: {}, steps=9)
+    >>> [len(bracket.scores) for bracket in found.brackets], found.score < 1e-3
+    ([9, 5, 3], True)
+
+    Source: Li et al., "Hyperband: a novel bandit-based approach to hyperparameter optimization", 2018.
+    """
+    halving_rungs(1, steps, factor, least)
+    most = math.floor(math.log(steps / least, factor) + 1e-9)
+    brackets = []
+    for s in range(most, -1, -1):
+        draw, train = jax.random.split(jax.random.fold_in(key, s))
+        count = math.ceil((most + 1) * factor**s / (s + 1) - 1e-9)
+        drawn = drawn_configs(space, sample(space, draw, count))
+        rungs = halving_rungs(round(factor**s), steps, factor, least)
+        brackets.append(
+            successive_halving(
+                trial, drawn, key=train, batches=batches, steps=steps, factor=factor, rungs=rungs, maximize=maximize, **options
+            )
+        )
+    scores = np.array([np.nan if result.best is None else result.scores[result.best] for result in brackets])
+    order = ranked(scores, maximize)
+    if not order:
+        raise ValueError("every configuration of every bracket diverged; narrow the space")
+    best = brackets[order[0]]
+    assert best.best is not None
+    return Hyperband(tuple(brackets), best.configs[best.best], float(scores[order[0]]), best.states[best.best])

@@ -1,0 +1,376 @@
+"""Many configurations trained side by side: one compiled program for all that share their shapes."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxopt_lab.core.types import Array, PyTree
+from jaxopt_lab.search.configs import group
+from jaxopt_lab.search.engines import Engine, Programs, programs
+from jaxopt_lab.search.pace import Start, bytes_of_memory, chosen, split
+from jaxopt_lab.search.trial import Result, Trial, check_trial, check_typed_key
+
+__all__ = ["population"]
+
+_BLOCK, _BLOCK_BYTES = 128, 1 << 26
+_IN_FLIGHT = 16
+
+
+def population(
+    trial: Trial,
+    configs: Sequence[Any],
+    *,
+    key: Array,
+    batches: Callable[[int], Any],
+    steps: int,
+    rungs: Sequence[int] = (),
+    engine: Engine | None = None,
+    keep: int | None = None,
+    maximize: bool = False,
+    memory: int | None = None,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+    static: Sequence[str] = (),
+) -> Result:
+    """Trains every configuration for `steps` steps, all that share their shapes by one compiled program.
+
+    The numbers of a configuration are traced, so that a hundred learning rates compile once; one that the program needs the value
+    of (a width, or an argument that Optax looks at) makes a group of its own for each of its values. Member i starts from
+    `fold_in(key, i)`, and all see the same batches, so that what becomes of a configuration does not depend on the others: a NaN
+    stays its own.
+
+    Args:
+      trial: what is trained.
+      configs: n trees of numbers, strings, booleans, None and arrays; `configs(space, sample(space, key, n))` draws some.
+      key: a typed key.
+      batches: `batches(step) -> batch`, the same for all; its method `stack(step, k)`, if it has one, gives k of them at once.
+      steps: how many steps each takes.
+      rungs: steps after which all are evaluated besides the last.
+      engine: how they are run (`looped`, `scanned`, `vmapped`); None measures which is fastest for each group of shapes, and
+        may choose otherwise, and so round otherwise, from run to run.
+      keep: how many of the best states to return; None for all.
+      maximize: whether the best score is the largest.
+      memory: how many bytes on each device the states that are there at once may take, with what a step needs; by default four
+        fifths of an accelerator's own, and 2 GiB on a CPU. What does not fit is run in turns.
+      devices: over which members are spread; the default device alone if None.
+      static: paths of numbers that are part of the program even where they could be traced.
+
+    Returns:
+      A `Result`: scores `[n]`, states, curves and the best.
+
+    Raises:
+      TypeError: the trial or a configuration is of another kind, or the evaluation is no number.
+      ValueError: no configuration, a rung that is not before the end, a step that changes its state's shapes, a float that cannot
+        be traced with more than 16 values.
+
+    >>> import optax
+    >>> from jaxopt_lab.search.engines import scanned
+    >>> def init(key, config):
+    ...     return jnp.float32(0), optax.sgd(config["rate"]).init(jnp.float32(0))
+    >>> def step(state, batch, config):
+    ...     params, opt_state = state
+    ...     loss, grad = jax.value_and_grad(lambda p: (p - batch["x"]) ** 2)(params)
+    ...     updates, opt_state = optax.sgd(config["rate"]).update(grad, opt_state)
+    ...     return (optax.apply_updates(params, updates), opt_state), {"loss": loss}
+    >>> trial = Trial(init, step, lambda state: (state[0] - 3.0) ** 2)
+    >>> configs = [{"rate": 0.01}, {"rate": 0.5}, {"rate": 2.0}]
+    >>> result = population(trial, configs, key=jax.random.key(0), batches=lambda step: {"x": 3.0}, steps=4, engine=scanned())
+    >>> result.best, result.scores.round(2).tolist()
+    (1, [7.66, 0.0, 59049.0])
+    """
+    marks = check_rungs(rungs, steps)
+    crew = Crew(trial, configs, key, batches, steps, engine=engine, memory=memory, devices=devices, static=static)
+    record = Record(len(crew.configs))
+    turns, order = crew.turns(), []
+    for turn in turns:
+        members = Members(crew, record, turn)
+        for mark in marks:
+            members.advance(mark)
+            members.evaluate()
+        order = ranked(record.scores(), maximize)
+        members.hand_over(None if keep is None else set(order[:keep]), away=len(turns) > 1)
+    return record.result(crew.configs, crew.names, order[0] if order else None)
+
+
+def check_rungs(rungs: Sequence[int], steps: int) -> tuple[int, ...]:
+    """The steps after which there is an evaluation: the rungs and the last."""
+    if steps < 0:
+        raise ValueError(f"steps must not be negative; got {steps}")
+    if list(rungs) != sorted(set(rungs)) or any(not 0 < rung < steps for rung in rungs):
+        raise ValueError(f"rungs must rise and lie between 0 and {steps} steps; got {tuple(rungs)}")
+    return (*rungs, steps)
+
+
+class Crew:
+    """Who is to be trained, and how: the groups of a population, the engine of each, and the batches for all.
+
+    Attributes:
+      configs: the configurations.
+      starts: the groups of equal shapes.
+      engines: that of each group; `names` says which, and of how many.
+      length: how many batches a block holds.
+      memory: bytes on each device.
+    """
+
+    def __init__(
+        self,
+        trial: Trial,
+        configs: Sequence[Any],
+        key: Array,
+        batches: Callable[[int], Any],
+        steps: int,
+        *,
+        engine: Engine | None = None,
+        memory: int | None = None,
+        devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+        static: Sequence[str] = (),
+    ):
+        check_trial(trial)
+        check_typed_key(key)
+        if not len(configs):
+            raise ValueError("there is no configuration to train")
+        if not callable(batches):
+            raise TypeError(f"batches must be a function batches(step) -> batch; got {type(batches).__name__}")
+        self.configs, self._batches = list(configs), batches
+        devices = tuple(devices) if devices else (jnp.zeros(()).device,)
+        self.memory = memory or bytes_of_memory(devices[0])
+        first = batches(0)
+        self.length = max(min(_BLOCK, _BLOCK_BYTES // max(_nbytes(first), 1), steps), 1)
+        block, _ = self.stack(0, self.length)
+        self.starts = [Start(each, key, block, self.length, devices) for each in group(trial, configs, key, first, static=static)]
+        self.engines = [chosen(start, engine, steps, self.memory) for start in self.starts]
+        self.names = [f"{len(s.group.indices)} {e}" for s, e in zip(self.starts, self.engines, strict=True)]
+
+    def everyone(self) -> list[tuple[int, np.ndarray]]:
+        """All that are run together: the number of a group, and positions in it."""
+        pairs = enumerate(zip(self.starts, self.engines, strict=True))
+        return [(number, rows) for number, (start, engine) in pairs for rows in start.parts(engine)]
+
+    def turns(self) -> list[list[tuple[int, np.ndarray]]]:
+        """The same in turns, each of which memory holds all states of."""
+        turns, taken = [], math.inf
+        for number, rows in self.everyone():
+            start = self.starts[number]
+            nbytes = start.state_bytes * len(rows) // len(start.devices)
+            if taken + nbytes > self.memory:
+                turns.append([])
+                taken = 0
+            turns[-1].append((number, rows))
+            taken += nbytes
+        return turns
+
+    def stack(self, at: int, count: int) -> tuple[Any, int]:
+        """Batches from a step on, filled up to the length of a block, and how many of them count."""
+        stack = getattr(self._batches, "stack", None)
+        if stack is not None:
+            block = stack(at, count)
+        else:
+            each = [self._batches(at + k) for k in range(count)]
+            shapes = [jax.tree.map(np.shape, batch) for batch in each]
+            # The first of another size begins the next block.
+            same = next((k for k, shape in enumerate(shapes) if shape != shapes[0]), count)
+            block = jax.tree.map(lambda *leaves: np.stack(leaves), *each[:same])
+        count = len(jax.tree.leaves(block)[0]) if jax.tree.leaves(block) else count
+        missing = self.length - count
+        return jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], missing, axis=0)]) if missing else x, block), count
+
+
+class Record:
+    """What is known of a population so far: scores and metrics at the steps of its evaluations, and the states handed over.
+
+    Attributes:
+      states: functions that give a state, by index.
+    """
+
+    def __init__(self, count: int):
+        self._count = count
+        self._seen: dict[int, np.ndarray] = {}
+        self._scores: dict[int, np.ndarray] = {}
+        self._metrics: dict[int, dict[str, np.ndarray]] = {}
+        self.states: dict[int, Callable[[], PyTree]] = {}
+
+    def write(self, at: int, indices: np.ndarray, scores: np.ndarray, metrics: dict[str, np.ndarray]) -> None:
+        """Keeps the scores of some members after a step, and the means of their metrics since the evaluation before."""
+        self._seen.setdefault(at, np.zeros(self._count, bool))[indices] = True
+        self._scores.setdefault(at, np.full(self._count, np.nan))[indices] = scores
+        columns = self._metrics.setdefault(at, {})
+        for name, value in metrics.items():
+            columns.setdefault(name, np.full((self._count, *value.shape[1:]), np.nan))[indices] = value
+
+    def scores(self, at: int | None = None) -> np.ndarray:
+        """`[n]`, the scores after a step; of each member its last, if none is named."""
+        if at is not None:
+            return self._scores[at]
+        last = np.full(self._count, np.nan)
+        for step in sorted(self._seen):
+            last = np.where(self._seen[step], self._scores[step], last)
+        return last
+
+    def result(self, configs: Sequence[Any], engines: Sequence[str], best: int | None) -> Result:
+        """All of it."""
+        steps = sorted(self._scores)
+        names = list(dict.fromkeys(name for columns in self._metrics.values() for name in columns))
+        metrics = {name: np.stack([self._metrics[at][name] for at in steps], axis=1) for name in names}
+        curves = np.stack([self._scores[at] for at in steps], axis=1)
+        return Result(self.scores(), States(self._count, self.states), configs, curves, tuple(steps), metrics, best, tuple(engines))
+
+
+class States(Sequence):
+    """The states of a population, sliced out of it when they are read; None for those that were not kept."""
+
+    def __init__(self, count: int, states: dict[int, Callable[[], PyTree]]):
+        self._count, self._states = count, states
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._count))]
+        state = self._states.get(range(self._count)[index])
+        return None if state is None else state()
+
+
+class _Part(NamedTuple):
+    """Members that are run by one call: some of a group, filled up to the engine's width by repeating the last."""
+
+    number: int  # of the group
+    indices: np.ndarray  # [c], which configurations
+    engine: Engine
+    run: Programs
+    states: PyTree  # [c, ...]
+    sums: dict[str, Array]  # [c, ...]
+    traced: tuple[Array, ...]  # [c, ...]
+
+
+class Members:
+    """Some of a crew in training, all at the same step.
+
+    Attributes:
+      at: how many steps were taken.
+      alive: which configurations they are, ascending.
+    """
+
+    def __init__(self, crew: Crew, record: Record, turn: Sequence[tuple[int, np.ndarray]]):
+        self.at, self._since = 0, 0
+        self._crew, self._record = crew, record
+        self._parts = []
+        for number, rows in turn:
+            start, engine = crew.starts[number], crew.engines[number]
+            self._parts.append(_Part(number, start.group.indices[rows], engine, *start.begin(engine, rows)))
+
+    @property
+    def alive(self) -> list[int]:
+        return sorted({int(index) for part in self._parts for index in part.indices})
+
+    def advance(self, until: int) -> None:
+        """Trains all up to the step `until`."""
+        while self.at < until:
+            block, count = self._crew.stack(self.at, min(self._crew.length, until - self.at))
+            self._parts = [_advanced(part, block, count) for part in self._parts]
+            self.at += count
+
+    def evaluate(self) -> None:
+        """Has the scores of all, and the means of their metrics, recorded."""
+        for part in self._parts:
+            scores, sums = jax.device_get((part.run.evaluate(part.states, part.traced), part.sums))
+            means = {name: value / max(self.at - self._since, 1) for name, value in sums.items()}
+            self._record.write(self.at, part.indices, scores, means)
+        self._parts = [part._replace(sums=jax.tree.map(jnp.zeros_like, part.sums)) for part in self._parts]
+        self._since = self.at
+
+    def select(self, sources: Mapping[int, int], configs: Mapping[int, Any] | None = None) -> None:
+        """Goes on with some members alone, each from its own state or from that of another of its group.
+
+        Args:
+          sources: by index, whose state it goes on from.
+          configs: by index, those that change; what is part of the program must not.
+        """
+        groups: dict[int, list[_Part]] = {}
+        for part in self._parts:
+            groups.setdefault(part.number, []).append(part)
+        self._parts = [part for mine in groups.values() for part in self._selected(mine, sources, configs or {})]
+
+    def _selected(self, mine: list[_Part], sources: Mapping[int, int], configs: Mapping[int, Any]) -> Iterator[_Part]:
+        start = self._crew.starts[mine[0].number]
+        at: dict[int, int] = {}
+        for k, index in enumerate(np.concatenate([part.indices for part in mine]).tolist()):
+            at.setdefault(index, k)
+        wanted = [index for index in sorted(sources) if index in at]
+        if not wanted:
+            return
+        places = [at[index] for index in wanted]
+        columns = [np.concatenate(each)[places] for each in zip(*(map(np.asarray, part.traced) for part in mine), strict=True)]
+        for row, index in enumerate(wanted):
+            if index in configs:
+                for column, value in zip(columns, start.group.member.values(configs[index]), strict=True):
+                    column[row] = value
+        # Of a width that is a power of two, so that few programs are compiled however many are left.
+        devices, engine = len(start.devices), mine[0].engine
+        width = min(engine.width or 1, 1 << (-(-len(wanted) // devices) - 1).bit_length())
+        engine = Engine(width, engine.compiled)
+        run = programs(start.group.member, engine, start.devices)
+        for rows in split(len(wanted), devices, engine):
+            indices = np.array(wanted)[rows]
+            states = _taken([part.states for part in mine], np.array([at[sources[index]] for index in indices.tolist()]))
+            states, traced = jax.device_put((states, tuple(column[rows] for column in columns)), run.place)
+            yield _Part(mine[0].number, indices, engine, run, states, start.sums(run, len(rows)), traced)
+
+    def hand_over(self, kept: set[int] | None, *, away: bool) -> None:
+        """Gives the states to the record: those of the kept alone, and off the device where others need the room."""
+        states = self._record.states
+        for part in self._parts:
+            for row, index in reversed(list(enumerate(part.indices.tolist()))):
+                states[index] = functools.partial(_row, part.states, row)
+        if kept is not None:
+            for index in set(states) - kept:
+                del states[index]
+        if away:
+            for index, state in states.items():
+                states[index] = functools.partial(lambda state: state, _stowed(state()))
+
+
+def ranked(scores: np.ndarray, maximize: bool) -> list[int]:
+    """The indices of the finite scores, best first; of equal ones the first.
+
+    >>> ranked(np.array([2.0, np.nan, 1.0]), maximize=False)
+    [2, 0]
+    """
+    finite = np.flatnonzero(np.isfinite(scores))
+    return finite[np.argsort(-scores[finite] if maximize else scores[finite], kind="stable")].tolist()
+
+
+def _advanced(part: _Part, block: Any, count: int) -> _Part:
+    if part.engine.compiled:
+        states, sums = part.run.advance(part.states, part.sums, block, np.int32(count), part.traced)
+        return part._replace(states=states, sums=sums)
+    states, sums = part.states, part.sums
+    for k in range(count):
+        states, sums = part.run.step(states, sums, jax.tree.map(lambda x: x[k], block), part.traced)  # noqa: B023
+        if k % _IN_FLIGHT == _IN_FLIGHT - 1:
+            jax.block_until_ready(sums)
+    return part._replace(states=states, sums=sums)
+
+
+@jax.jit
+def _taken(states: Sequence[PyTree], rows: Array) -> PyTree:
+    """The rows of states that lie in several parts."""
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[rows], *states)
+
+
+def _row(states: PyTree, row: int) -> PyTree:
+    return jax.tree.map(lambda x: x[row], states)
+
+
+def _stowed(state: PyTree) -> PyTree:
+    """A state in the host's memory."""
+    host = jax.local_devices(backend="cpu")[0]
+    return jax.device_put(state, host)
+
+
+def _nbytes(batch: Any) -> int:
+    return sum(np.size(x) * np.dtype(jnp.result_type(x)).itemsize for x in jax.tree.leaves(batch))
