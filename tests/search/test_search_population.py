@@ -9,12 +9,11 @@ import optax
 import pytest
 
 from jaxopt_lab import schedules
-from jaxopt_lab.search import population as populations
 from jaxopt_lab.search.configs import group
 from jaxopt_lab.search.engines import looped, scanned, vmapped
 from jaxopt_lab.search.evolution import evolve, perturb
 from jaxopt_lab.search.halving import halving_rungs, hyperband, successive_halving
-from jaxopt_lab.search.population import population
+from jaxopt_lab.search.population import Crew, population
 from jaxopt_lab.search.spaces import choice, integer, log_uniform, uniform
 from jaxopt_lab.search.trial import Trial
 
@@ -206,7 +205,7 @@ def test_batches_may_change_their_size():
 def test_memory_bounds_what_is_there_at_once():
     whole = population(TRIAL, CONFIGS, key=KEY, batches=batches, steps=STEPS, engine=scanned(), keep=2)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(whole.states[whole.best]))
-    crew = populations.Crew(TRIAL, CONFIGS, KEY, batches, STEPS, engine=scanned(), memory=2 * size)
+    crew = Crew(TRIAL, CONFIGS, KEY, batches, STEPS, engine=scanned(), memory=2 * size)
     assert [len(turn) for turn in crew.turns()] == [2, 2, 1]
     some = population(TRIAL, CONFIGS, key=KEY, batches=batches, steps=STEPS, engine=scanned(), keep=2, memory=2 * size)
     np.testing.assert_array_equal(some.scores, whole.scores)
@@ -217,16 +216,16 @@ def test_memory_bounds_what_is_there_at_once():
 
 def test_the_width_is_what_fits():
     def taken(width):
-        crew = populations.Crew(TRIAL, CONFIGS[:4], KEY, batches, STEPS, engine=vmapped(width))
+        crew = Crew(TRIAL, CONFIGS[:4], KEY, batches, STEPS, engine=vmapped(width))
         start = crew.starts[0]
         run, states, sums, traced = start.begin(vmapped(width), start.parts(vmapped(width))[0])
         return run.advance.nbytes(states, sums, start.block, np.int32(0), traced)
 
     for width in (1, 2, 4):
-        crew = populations.Crew(TRIAL, CONFIGS[:4], KEY, batches, STEPS, engine=vmapped(), memory=taken(width))
+        crew = Crew(TRIAL, CONFIGS[:4], KEY, batches, STEPS, engine=vmapped(), memory=taken(width))
         assert crew.engines[0].width == width
     with pytest.raises(ValueError, match="a single member takes"):
-        populations.Crew(TRIAL, CONFIGS, KEY, batches, STEPS, engine=vmapped(), memory=taken(1) - 1)
+        Crew(TRIAL, CONFIGS, KEY, batches, STEPS, engine=vmapped(), memory=taken(1) - 1)
 
 
 def test_a_float_that_cannot_be_traced_is_named():
