@@ -4,43 +4,106 @@ A space is a tree of dimensions, a trial three pure functions of a configuration
 for all that share their shapes. Optuna is imported where a study is asked or told, and not before.
 """
 
+import importlib
+from typing import TYPE_CHECKING
+
 from jaxopt_lab.search.engines import Engine, looped, scanned, vmapped
 from jaxopt_lab.search.evolution import Evolved, evolve, perturb
 from jaxopt_lab.search.halving import Hyperband, halving_rungs, hyperband, successive_halving
 from jaxopt_lab.search.population import population
+from jaxopt_lab.search.selection.cross_validation import (
+    CrossValidation,
+    NestedCrossValidation,
+    cross_validate,
+    nested_cross_validate,
+    one_standard_error,
+)
+from jaxopt_lab.search.selection.extrapolation import Extrapolation, extrapolate_curve
+from jaxopt_lab.search.selection.folds import Fold, grouped, kfold, stratified
+from jaxopt_lab.search.selection.learning_curve import LearningCurve, learning_curve
+from jaxopt_lab.search.selection.noise_scale import (
+    Noise,
+    NoiseAverage,
+    average_noise,
+    batch_for_noise,
+    gradient_noise,
+    gradient_noise_scale,
+    noise_of_axis,
+    two_batch_noise,
+)
+from jaxopt_lab.search.selection.rate_range import RateRange, rate_range_test
+from jaxopt_lab.search.selection.supervised import supervised
 from jaxopt_lab.search.spaces import choice, configs, from_unit, grid, integer, log_uniform, sample, uniform, when
 from jaxopt_lab.search.study import Asked, ask, from_distributions, open_study, suggest, tell, to_distributions
 from jaxopt_lab.search.trial import Result, Trial
 
+if TYPE_CHECKING:
+    from jaxopt_lab.search.selection.pruning import CurvePruner, reporting
+
+# Classes of Optuna's: it is imported when one of them is.
+_OF_OPTUNA = {"CurvePruner": "selection.pruning", "reporting": "selection.pruning"}
+
 __all__ = [
     "Asked",
+    "CrossValidation",
+    "CurvePruner",
     "Engine",
     "Evolved",
+    "Extrapolation",
+    "Fold",
     "Hyperband",
+    "LearningCurve",
+    "NestedCrossValidation",
+    "Noise",
+    "NoiseAverage",
+    "RateRange",
     "Result",
     "Trial",
     "ask",
+    "average_noise",
+    "batch_for_noise",
     "choice",
     "configs",
+    "cross_validate",
     "evolve",
+    "extrapolate_curve",
     "from_distributions",
     "from_unit",
+    "gradient_noise",
+    "gradient_noise_scale",
     "grid",
+    "grouped",
     "halving_rungs",
     "hyperband",
     "integer",
+    "kfold",
+    "learning_curve",
     "log_uniform",
     "looped",
+    "nested_cross_validate",
+    "noise_of_axis",
+    "one_standard_error",
     "open_study",
     "perturb",
     "population",
+    "rate_range_test",
+    "reporting",
     "sample",
     "scanned",
+    "stratified",
     "successive_halving",
     "suggest",
+    "supervised",
     "tell",
     "to_distributions",
+    "two_batch_noise",
     "uniform",
     "vmapped",
     "when",
 ]
+
+
+def __getattr__(name: str):
+    if name in _OF_OPTUNA:
+        return getattr(importlib.import_module(f"{__name__}.{_OF_OPTUNA[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,9 +20,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxopt_lab.core.types import Array, PyTree
-from jaxopt_lab.search.configs import Member
+from jaxopt_lab.search.grouping import Member
 
-__all__ = ["Engine", "looped", "scanned", "vmapped"]
+__all__ = ["Engine", "looped", "scanned", "single", "vmapped"]
 
 _AXIS = "members"
 
@@ -102,7 +102,7 @@ class Programs(NamedTuple):
 @lru_cache(maxsize=64)
 def programs(member: Member, engine: Engine, devices: tuple[jax.Device, ...]) -> Programs:  # pyright: ignore[reportInvalidTypeForm]
     """The compiled functions of a member on these devices."""
-    over = _one if engine.width == 1 else _many
+    over = single if engine.width == 1 else jax.vmap
     stepped = over(member.step, (0, None, 0))
 
     def one_step(states, sums, batch, traced):
@@ -168,15 +168,15 @@ class Measured:
         return self._compiled[key]
 
 
-def _many(function: Callable, axes: tuple[int | None, ...]) -> Callable:
-    return jax.vmap(function, in_axes=axes)
+def single(function: Callable, in_axes: tuple[int | None, ...]) -> Callable:
+    """As `vmap` over an axis of one, but the program is that of a single member.
 
-
-def _one(function: Callable, axes: tuple[int | None, ...]) -> Callable:
-    """As `vmap` over an axis of one, but the program is that of a single member."""
+    >>> single(lambda x, y: x + y, (0, None))(jnp.ones(1), 2.0).tolist()
+    [3.0]
+    """
 
     def call(*args):
-        given = (jax.tree.map(lambda x: x[0], arg) if axis == 0 else arg for arg, axis in zip(args, axes, strict=True))
+        given = (jax.tree.map(lambda x: x[0], arg) if axis == 0 else arg for arg, axis in zip(args, in_axes, strict=True))
         return jax.tree.map(lambda x: x[None], function(*given))
 
     return call

@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxopt_lab.core import tracing
 from jaxopt_lab.core.types import Array
-from jaxopt_lab.search.configs import Group, Member
 from jaxopt_lab.search.engines import Engine, Programs, looped, programs, scanned, vmapped
+from jaxopt_lab.search.grouping import Group, Member
 
 __all__ = ["Start", "bytes_of_memory", "chosen", "split"]
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_lab.core.types import Array, PyTree
-from jaxopt_lab.search.configs import group
 from jaxopt_lab.search.engines import Engine, Programs, programs
+from jaxopt_lab.search.grouping import group
 from jaxopt_lab.search.pace import Start, bytes_of_memory, chosen, split
 from jaxopt_lab.search.trial import Result, Trial, check_trial, check_typed_key
 

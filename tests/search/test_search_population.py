@@ -9,9 +9,9 @@ import optax
 import pytest
 
 from jaxopt_lab import schedules
-from jaxopt_lab.search.configs import group
 from jaxopt_lab.search.engines import looped, scanned, vmapped
 from jaxopt_lab.search.evolution import evolve, perturb
+from jaxopt_lab.search.grouping import group
 from jaxopt_lab.search.halving import halving_rungs, hyperband, successive_halving
 from jaxopt_lab.search.population import Crew, population
 from jaxopt_lab.search.spaces import choice, integer, log_uniform, uniform

@@ -16,7 +16,7 @@ import numpy as np
 from jaxopt_lab.core.types import Array, PyTree
 from jaxopt_lab.search.trial import Trial, scalar_score, takes_config
 
-__all__ = ["Group", "Member", "group"]
+__all__ = ["Group", "Member", "group", "strong"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Member:
 
     def init(self, key: Array, traced: Sequence[Array]) -> PyTree:
         """The first state; every leaf an array of a strong type."""
-        return jax.tree.map(_strong, self.trial.init(key, self.config(traced)))
+        return jax.tree.map(strong, self.trial.init(key, self.config(traced)))
 
     def step(self, state: PyTree, batch: Any, traced: Sequence[Array]) -> tuple[PyTree, dict[str, Array]]:
         """One step; the state keeps its structure, shapes and types, and metrics are float32."""
@@ -206,7 +206,12 @@ def _needed(trial: Trial, flat: _Flat, key: Array, batch: Any) -> dict[int, Exce
     return dict.fromkeys(numbers, together) if raised(rest) is not None else needed
 
 
-def _strong(x: Any) -> Array:
+def strong(x: Any) -> Array:
+    """An array of a type that a number of Python does not change, so that a loop finds its state as it left it.
+
+    >>> strong(1.0).weak_type
+    False
+    """
     x = jnp.asarray(x)
     return x if jnp.issubdtype(x.dtype, jax.dtypes.extended) else jax.lax.convert_element_type(x, x.dtype)
 
@@ -231,7 +236,7 @@ def _as_before(old: PyTree, new: PyTree) -> PyTree:
         then, here = (f"{jnp.result_type(x)}{list(jnp.shape(x))}" for x in (was, now))
         if then != here:
             raise ValueError(f"step makes {_name(path)} of the state {here}; init made it {then}")
-    return jax.tree.map(_strong, new)
+    return jax.tree.map(strong, new)
 
 
 def _name(path: Any) -> str:
