@@ -35,6 +35,7 @@ from jaxopt_lab.search.selection.rate_range import RateRange, rate_range_test
 from jaxopt_lab.search.selection.supervised import supervised
 from jaxopt_lab.search.spaces import choice, configs, from_unit, grid, integer, log_uniform, sample, uniform, when
 from jaxopt_lab.search.study import Asked, ask, from_distributions, open_study, suggest, tell, to_distributions
+from jaxopt_lab.search.sweep import sweep
 from jaxopt_lab.search.trial import Result, Trial
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ __all__ = [
     "successive_halving",
     "suggest",
     "supervised",
+    "sweep",
     "tell",
     "to_distributions",
     "two_batch_noise",

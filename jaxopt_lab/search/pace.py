@@ -29,12 +29,14 @@ class Start:
     Attributes:
       group: which members.
       key: of the whole population.
+      numbers: `[n]`, what each of its members folds into the key.
       block: batches `[length, ...]`.
       devices: where they run.
     """
 
-    def __init__(self, group: Group, key: Array, block: Any, length: int, devices: tuple[Any, ...]):
-        self.group, self.key, self.block, self.length, self.devices = group, key, block, length, devices
+    def __init__(self, group: Group, key: Array, numbers: np.ndarray, block: Any, length: int, devices: tuple[Any, ...]):
+        self.group, self.key, self.numbers, self.devices = group, key, numbers, devices
+        self.block, self.length = block, length
         example = jax.tree.map(lambda x: x[0], block)
         traced = [column[0] for column in group.traced]
         state = jax.eval_shape(group.member.init, key, traced)
@@ -51,7 +53,7 @@ class Start:
         """The programs, the states, the sums of the metrics and the traced leaves of some members at their beginning."""
         run = programs(self.group.member, engine, self.devices)
         traced = jax.device_put(tuple(column[rows] for column in self.group.traced), run.place)
-        states = run.init(self.key, jax.device_put(self.group.indices[rows].astype(np.uint32), run.place), traced)
+        states = run.init(self.key, jax.device_put(self.numbers[self.group.indices[rows]].astype(np.uint32), run.place), traced)
         return run, states, self.sums(run, len(rows)), traced
 
     def sums(self, run: Programs, count: int) -> dict[str, Array]:

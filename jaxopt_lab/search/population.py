@@ -32,6 +32,7 @@ def population(
     engine: Engine | None = None,
     keep: int | None = None,
     maximize: bool = False,
+    numbers: Sequence[int] | None = None,
     memory: int | None = None,
     devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
     static: Sequence[str] = (),
@@ -54,6 +55,7 @@ def population(
         may choose otherwise, and so round otherwise, from run to run.
       keep: how many of the best states to return; None for all.
       maximize: whether the best score is the largest.
+      numbers: n integers to fold into the key instead of 0 ... n - 1.
       memory: how many bytes on each device the states that are there at once may take, with what a step needs; by default four
         fifths of an accelerator's own, and 2 GiB on a CPU. What does not fit is run in turns.
       devices: over which members are spread; the default device alone if None.
@@ -83,7 +85,8 @@ def population(
     (1, [7.66, 0.0, 59049.0])
     """
     marks = check_rungs(rungs, steps)
-    crew = Crew(trial, configs, key, batches, steps, engine=engine, memory=memory, devices=devices, static=static)
+    options: dict[str, Any] = {"engine": engine, "numbers": numbers, "memory": memory, "devices": devices, "static": static}
+    crew = Crew(trial, configs, key, batches, steps, **options)
     record = Record(len(crew.configs))
     turns, order = crew.turns(), []
     for turn in turns:
@@ -125,6 +128,7 @@ class Crew:
         steps: int,
         *,
         engine: Engine | None = None,
+        numbers: Sequence[int] | None = None,
         memory: int | None = None,
         devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
         static: Sequence[str] = (),
@@ -141,7 +145,12 @@ class Crew:
         first = batches(0)
         self.length = max(min(_BLOCK, _BLOCK_BYTES // max(_nbytes(first), 1), steps), 1)
         block, _ = self.stack(0, self.length)
-        self.starts = [Start(each, key, block, self.length, devices) for each in group(trial, configs, key, first, static=static)]
+        own = np.arange(len(configs)) if numbers is None else np.asarray(numbers)
+        if own.shape != (len(configs),):
+            raise ValueError(f"numbers must be one for each of {len(configs)} configurations; their shape is {own.shape}")
+        self.starts = [
+            Start(each, key, own, block, self.length, devices) for each in group(trial, configs, key, first, static=static)
+        ]
         self.engines = [chosen(start, engine, steps, self.memory) for start in self.starts]
         self.names = [f"{len(s.group.indices)} {e}" for s, e in zip(self.starts, self.engines, strict=True)]
 

@@ -1,0 +1,175 @@
+"""A sweep: a study asked for many trials at once, trained as populations, and told; killed at any time, it goes on.
+
+Who runs a trial is written to the trial, with a time until which that holds, and prolonged while it is trained. A trial whose time
+is over, or whose process is no more on this machine, is taken over by the next process that comes by: with the same number, hence
+with the same key and, the parameters being stored, to the same result.
+"""
+
+import math
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from jaxopt_lab.core.types import Array, PyTree
+from jaxopt_lab.search.population import population
+from jaxopt_lab.search.study import Asked, suggest, tell
+from jaxopt_lab.search.trial import Trial
+
+if TYPE_CHECKING:
+    import optuna
+
+__all__ = ["sweep"]
+
+_LEASE = "jaxopt_lab:lease"
+
+
+def sweep(
+    study: "optuna.Study",
+    space: PyTree,
+    trial: Trial,
+    *,
+    trials: int,
+    together: int,
+    key: Array,
+    batches: Callable[[int], Any],
+    steps: int,
+    rungs: Sequence[int] = (),
+    lease: float = 60.0,
+    **options: Any,
+) -> int:
+    """Runs a study up to a number of trials, so many at a time by one compiled program.
+
+    Any number of processes may run the same sweep on one storage, and any of them may be killed: a trial that was left behind is
+    taken over once its lease is over, at once where its process ran on this machine. Member i of the population is the trial's
+    number, `fold_in(key, number)`, so that a trial comes to the same whoever runs it. Scores at rungs are the trial's intermediate
+    values; a configuration that diverged fails its trial alone.
+
+    Args:
+      study: of `open_study`; its storage is the record, its sampler chooses.
+      space: what is suggested.
+      trial, key, batches, steps, rungs: as for `population`.
+      trials: how many the study is to have in all, those that failed among them.
+      together: how many to ask for at once. A sampler that learns, learns between.
+      lease: for how many seconds a trial belongs to the process that asked for it, counted anew while it is trained.
+      options: as for `population`: engine, memory, devices, static.
+
+    Returns:
+      How many trials this process ran. Others that run elsewhere still may be unfinished.
+
+    Raises:
+      ValueError: a number out of range, a study of several objectives, or as for `population`.
+
+    >>> import jax, jax.numpy as jnp, optuna
+    >>> from jaxopt_lab.search.spaces import uniform
+    >>> study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    >>> trial = Trial(lambda key, c: jnp.float32(1), lambda x, batch, c: (x - c["rate"] * x, {}), lambda x: x**2)
+    >>> space, options = {"rate": uniform(0.0, 1.0)}, {"key": jax.random.key(0), "batches": lambda step: {}, "steps": 2}
+    >>> sweep(study, space, trial, trials=5, together=3, **options), [t.state.name for t in study.trials]
+    (5, ['COMPLETE', 'COMPLETE', 'COMPLETE', 'COMPLETE', 'COMPLETE'])
+    """
+    if trials < 0 or together < 1 or not lease > 0:
+        raise ValueError(f"trials must not be negative, together at least 1, lease positive; got {trials}, {together} and {lease}")
+    if len(study.directions) != 1:
+        raise ValueError(f"a population has one score, and the study {len(study.directions)} objectives")
+    maximize, ran = study.direction.name == "MAXIMIZE", 0
+    owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+    while taken := _taken(study, space, trials, together, owner, lease):
+        with _held(study, taken, owner, lease):
+            found = population(
+                trial,
+                [each.config for each in taken],
+                key=key,
+                numbers=[each.trial.number for each in taken],
+                batches=batches,
+                steps=steps,
+                rungs=rungs,
+                keep=0,
+                maximize=maximize,
+                **options,
+            )
+        for each, curve in zip(taken, found.curves, strict=True):
+            _finish(study, each, curve, found.evaluated)
+        ran += len(taken)
+    return ran
+
+
+def _taken(study: "optuna.Study", space: PyTree, trials: int, together: int, owner: str, lease: float) -> list[Asked]:
+    """Trials to run now: those that were left behind, and new ones while the study is to have more."""
+    import optuna
+
+    known = study.get_trials(deepcopy=False)
+    left = [each for each in known if each.state == optuna.trial.TrialState.RUNNING and _left(each, owner, lease)][:together]
+    waiting = sum(each.state == optuna.trial.TrialState.WAITING for each in known)
+    new = min(together - len(left), max(trials - len(known), 0) + waiting)
+    asked = []
+    for k in range(len(left) + new):
+        # Taken over by its number in the storage; what it had been suggested stays, and the rest is suggested now.
+        each = optuna.trial.Trial(study, left[k]._trial_id) if k < len(left) else study.ask()
+        each.set_user_attr(_LEASE, [owner, time.time() + lease])
+        asked.append(Asked(each, suggest(each, space)))
+    return asked
+
+
+def _left(trial: "optuna.trial.FrozenTrial", owner: str, lease: float) -> bool:
+    """Whether nobody runs a trial any more."""
+    held = trial.user_attrs.get(_LEASE)
+    if held is None:
+        begun = trial.datetime_start
+        return begun is not None and time.time() > begun.timestamp() + lease
+    holder, until = held
+    host, process, _ = holder.rsplit(":", 2)
+    if holder != owner and host == owner.rsplit(":", 2)[0] and not _runs(int(process)):
+        return True
+    return holder == owner or time.time() > until
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def _held(study: "optuna.Study", taken: Sequence[Asked], owner: str, lease: float) -> Iterator[None]:
+    """Prolongs the leases of some trials from a thread of its own, until they are trained."""
+    from optuna.exceptions import UpdateFinishedTrialError
+
+    over = threading.Event()
+
+    def prolong() -> None:
+        while not over.wait(lease / 3):
+            for each in taken:
+                # One that another process has taken over may be finished.
+                with suppress(UpdateFinishedTrialError):
+                    each.trial.set_user_attr(_LEASE, [owner, time.time() + lease])
+
+    thread = threading.Thread(target=prolong, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _finish(study: "optuna.Study", asked: Asked, curve: Any, evaluated: Sequence[int]) -> None:
+    """Tells the study of a trial, unless another process, which had taken it over, was faster."""
+    from optuna.exceptions import UpdateFinishedTrialError
+
+    try:
+        for step, score in zip(evaluated[:-1], curve[:-1], strict=True):
+            if not math.isnan(score):
+                asked.trial.report(float(score), step)
+        tell(study, asked.trial, curve[-1])
+    except (UpdateFinishedTrialError, ValueError):
+        if not study.get_trials(deepcopy=False)[asked.trial.number].state.is_finished():
+            raise

@@ -1,0 +1,161 @@
+"""Sweeps: what a study is told, and what becomes of it when its processes are killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optuna
+import pytest
+
+from jaxopt_lab.search.engines import scanned, vmapped
+from jaxopt_lab.search.population import population
+from jaxopt_lab.search.spaces import choice, log_uniform, uniform
+from jaxopt_lab.search.study import open_study, suggest
+from jaxopt_lab.search.sweep import _LEASE, sweep
+from jaxopt_lab.search.trial import Trial
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+SPACE = {"rate": log_uniform(1e-3, 1.0), "decay": uniform(0.0, 0.1), "sign": choice("plus", "minus")}
+
+
+def init(key, config):
+    return jax.random.normal(key, (4,)) * (1.0 if config["sign"] == "plus" else -1.0)
+
+
+def step(state, batch, config):
+    return state - config["rate"] * (state - batch["x"]) - config["decay"] * state, {}
+
+
+TRIAL = Trial(init, step, lambda state: jnp.sum(state**2))
+RUN = {"key": jax.random.key(3), "batches": lambda step: {"x": np.float32(0.1 * step)}, "steps": 6, "engine": vmapped()}
+
+
+def values_by_hand(study):
+    """What each trial of a study should have come to."""
+    trials = study.get_trials()
+    configs = [suggest(optuna.trial.FixedTrial(trial.params), SPACE) for trial in trials]
+    return population(TRIAL, configs, **{**RUN, "engine": scanned()}, numbers=[trial.number for trial in trials]).scores
+
+
+def test_a_study_is_told_what_its_populations_come_to():
+    study = open_study(SPACE, sampler=optuna.samplers.TPESampler(seed=0))
+    assert sweep(study, SPACE, TRIAL, trials=11, together=4, rungs=(2, 4), **RUN) == 11
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 11
+    np.testing.assert_allclose([trial.value for trial in study.trials], values_by_hand(study), rtol=1e-5)
+    assert all(sorted(trial.intermediate_values) == [2, 4] for trial in study.trials)
+    assert sweep(study, SPACE, TRIAL, trials=11, together=4, **RUN) == 0
+    study.enqueue_trial({"rate": 0.5, "decay": 0.0, "sign": "plus"})
+    assert sweep(study, SPACE, TRIAL, trials=11, together=4, **RUN) == 1
+    assert study.trials[-1].params["rate"] == 0.5
+
+
+def test_a_trial_that_diverges_fails_alone():
+    study = open_study(SPACE, sampler=optuna.samplers.RandomSampler(seed=0))
+    broken = TRIAL._replace(step=lambda state, batch, config: (state / (config["decay"] > 0.05), {}))
+    sweep(
+        study, SPACE, broken._replace(evaluate=lambda s: jnp.where(jnp.isinf(s).any(), jnp.nan, 1.0)), trials=8, together=8, **RUN
+    )
+    assert [trial.state.name for trial in study.trials] == [
+        "COMPLETE" if t.params["decay"] > 0.05 else "FAIL" for t in study.trials
+    ]
+
+
+def test_whose_lease_is_over_is_taken_over_and_no_other():
+    study = open_study(SPACE, sampler=optuna.samplers.RandomSampler(seed=0))
+    host = os.uname().nodename
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True)
+    leases = {
+        "over, elsewhere": ["elsewhere:1:aa", time.time() - 1],
+        "held elsewhere": ["elsewhere:1:aa", time.time() + 1000],
+        "held here": [f"{host}:{os.getppid()}:bb", time.time() + 1000],
+        "its process is gone": [f"{host}:{int(gone.stdout)}:cc", time.time() + 1000],
+    }
+    for lease in leases.values():
+        study.ask().set_user_attr(_LEASE, lease)
+    study.ask()  # By someone else, just now.
+    assert sweep(study, SPACE, TRIAL, trials=6, together=4, **RUN) == 3
+    states = [trial.state.name for trial in study.trials]
+    assert states == ["COMPLETE", "RUNNING", "RUNNING", "COMPLETE", "RUNNING", "COMPLETE"]
+    assert set(study.trials[0].params) == set(SPACE)
+
+
+def test_a_result_is_not_told_twice():
+    study = open_study(SPACE, sampler=optuna.samplers.RandomSampler(seed=0))
+
+    def stolen(state):
+        # While it is traced, another process tells trial 0.
+        if not study.trials[0].state.is_finished():
+            study.tell(0, 77.0)
+        return jnp.sum(state**2)
+
+    assert sweep(study, SPACE, TRIAL._replace(evaluate=stolen), trials=2, together=2, rungs=(3,), **RUN) == 2
+    assert study.trials[0].value == 77.0
+    assert study.trials[1].state.name == "COMPLETE"
+
+
+def test_leases_are_prolonged_while_trials_are_trained():
+    study = open_study(SPACE, sampler=optuna.samplers.RandomSampler(seed=0))
+
+    def slowly(step):
+        time.sleep(0.2)
+        return {"x": np.float32(0)}
+
+    begin = time.time()
+    sweep(study, SPACE, TRIAL, trials=1, together=1, lease=0.3, **{**RUN, "batches": slowly})
+    assert study.trials[0].user_attrs[_LEASE][1] > begin + 0.3 + 0.5
+
+
+def test_bad_numbers_are_named():
+    study = open_study(SPACE)
+    with pytest.raises(ValueError, match="together at least 1"):
+        sweep(study, SPACE, TRIAL, trials=1, together=0, **RUN)
+    with pytest.raises(ValueError, match="the study 2 objectives"):
+        sweep(open_study(SPACE, directions=("minimize", "maximize")), SPACE, TRIAL, trials=1, together=1, **RUN)
+    with pytest.raises(ValueError, match="numbers must be one for each of 1"):
+        population(TRIAL, [{"rate": 1.0, "decay": 0.0, "sign": "plus"}], numbers=[1, 2], **RUN)
+
+
+WORKER = textwrap.dedent("""
+    import sys, time
+    sys.path.insert(0, sys.argv[2])
+    import optuna
+    from test_search_sweep import RUN, SPACE, TRIAL, open_study, sweep
+
+    def slower(step):
+        time.sleep(0.02)
+        return RUN["batches"](step)
+
+    study = open_study(SPACE, "swept", storage=sys.argv[1], sampler=optuna.samplers.RandomSampler())
+    print("ready", flush=True)
+    sweep(study, SPACE, TRIAL, trials=40, together=4, lease=5.0, **{**RUN, "batches": slower})
+""")
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_killed_sweep_goes_on_and_loses_nothing(tmp_path: Path, kills: int):
+    path, random = str(tmp_path / "journal.log"), np.random.default_rng(kills)
+
+    def start():
+        command = [sys.executable, "-c", WORKER, path, str(Path(__file__).parent)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    for _ in range(kills):
+        with start() as worker:
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == "ready\n"
+            time.sleep(random.uniform(0.0, 6.0 / kills + 1.0))
+            worker.send_signal(signal.SIGKILL)
+    with start() as worker:
+        assert worker.wait(240) == 0
+    study = open_study(SPACE, "swept", storage=path)
+    assert [trial.number for trial in study.trials] == list(range(40))
+    assert {trial.state.name for trial in study.trials} == {"COMPLETE"}
+    np.testing.assert_allclose([trial.value for trial in study.trials], values_by_hand(study), rtol=1e-5)
