@@ -3,8 +3,8 @@
     ./scripts/run scripts/benchmark_population.py [--cases mlp lenet halving] [--trials 256] [--steps 400]
 
 `mlp` is an MLP of one hidden layer of 32 on scikit-learn's digits at batch 64, with a random rate and weight decay; `lenet` is
-LeNet at batch 64, on images of MNIST's shape drawn at random, since only their shape costs time (a quarter of the trials, a fortieth
-of the steps). Three ways, compilation and study included, each in its turn in one process:
+LeNet at batch 64, on images of MNIST's shape drawn at random, since only their shape costs time (a quarter of the trials, and a
+fortieth of the steps). Three ways, compilation and study included, each in its turn in one process:
 
     rebuilt      an objective that builds and compiles its optimiser anew (of fewer trials, and scaled)
     shared       an objective that shares one compiled step, its hyper-parameters arguments, its batches on the device already

@@ -193,3 +193,18 @@ def test_a_slimmed_network_against_its_controls(tmp_path, capsys):
     for wrong, message in (("1", "part=1.0 must lie between 0 and 1"), ("nan", "part=nan must lie between 0 and 1")):
         assert cli.main(study.study, study.Config, [*arguments, "--part", wrong]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_labels_are_cleaned_by_hypergradients(tmp_path, capsys):
+    study = load("hyper_cleaning")
+    short = ["--seeds", "0", "--steps", "20", "--updates", "2", "--out", str(tmp_path)]
+    assert cli.main(study.study, study.Config, short) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [line["stage"] for line in lines] == list(study.STAGES)
+    assert json.loads((tmp_path / "summary.json").read_text()) == lines
+    found = {line["stage"]: line for line in lines}
+    # Half of the labels are wrong, and two updates tell most of them.
+    assert found["reverse"]["f1"] > 0.7
+    assert found["oracle"]["accuracy_mean"] > found["all"]["accuracy_mean"]
+    assert cli.main(study.study, study.Config, [*short, "--steps", "0"]) == 2
+    assert "steps=0 must be at least 1" in capsys.readouterr().err

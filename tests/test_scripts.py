@@ -91,6 +91,12 @@ def test_population(benchmark):
     assert rows[2]["cost"] <= 1
 
 
+def test_hypergradient(benchmark):
+    arguments = ["--tiny", "--budget", "6", "--seeds", "0", "--methods", "random", "reverse", "implicit", "--repeats", "1"]
+    rows = benchmark(load("benchmark_hypergradient"), *arguments)
+    assert len(rows) == 6
+
+
 def test_imports(benchmark, monkeypatch):
     module = load("benchmark_import")
     # In fresh processes as it stands, but of modules that cost next to nothing.
