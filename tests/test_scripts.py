@@ -91,6 +91,11 @@ def test_population(benchmark):
     assert rows[2]["cost"] <= 1
 
 
+def test_gp(benchmark):
+    rows = benchmark(load("benchmark_gp"), "time", "--methods", "ours", "tpe", "--observations", "5", "--repeats", "1")
+    assert {row["method"] for row in rows} == {"ours", "tpe"}
+
+
 def test_hypergradient(benchmark):
     arguments = ["--tiny", "--budget", "6", "--seeds", "0", "--methods", "random", "reverse", "implicit", "--repeats", "1"]
     rows = benchmark(load("benchmark_hypergradient"), *arguments)

@@ -60,10 +60,11 @@ from jaxopt_lab.search.sweep import sweep
 from jaxopt_lab.search.trial import Result, Trial
 
 if TYPE_CHECKING:
+    from jaxopt_lab.search.gp_sampler import GPSampler
     from jaxopt_lab.search.selection.pruning import CurvePruner, reporting
 
 # Classes of Optuna's: it is imported when one of them is.
-_OF_OPTUNA = {"CurvePruner": "selection.pruning", "reporting": "selection.pruning"}
+_OF_OPTUNA = {"GPSampler": "gp_sampler", "CurvePruner": "selection.pruning", "reporting": "selection.pruning"}
 
 __all__ = [
     "Asked",
@@ -73,6 +74,7 @@ __all__ = [
     "Evolved",
     "Extrapolation",
     "Fold",
+    "GPSampler",
     "Hyperband",
     "Hypergradient",
     "LearningCurve",
