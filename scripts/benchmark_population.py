@@ -162,18 +162,19 @@ def compared(name: str, problem: Problem, trials: int, steps: int, few: int) -> 
 
 def halved(problem: Problem, sweeps: int, configs: int, steps: int) -> dict[str, Any]:
     """How often halving ends where training all to the end does, and on what part of the steps."""
-    trial, won, near, part = problem.trial, 0, 0, 0.0
+    trial, won, near, cost = problem.trial, 0, 0, 0.0
     for seed in range(sweeps):
         draw, key = jax.random.split(jax.random.key(seed))
         drawn = search.configs(SPACE, search.sample(SPACE, draw, configs))
         batches = data.batches(problem.arrays, 64, seed=seed)
         whole = search.population(trial, drawn, key=key, batches=batches, steps=steps, engine=search.vmapped())
+        rungs = sorted({max(steps // part, 1) for part in (16, 8, 2)} - {steps})
         few = search.successive_halving(
-            trial, drawn, key=key, batches=batches, steps=steps, factor=4, least=max(steps // 16, 1), engine=search.vmapped()
+            trial, drawn, key=key, batches=batches, steps=steps, factor=2, rungs=rungs, engine=search.vmapped()
         )
         alive = (~np.isnan(few.curves)).sum(axis=0)
         taken = float(np.dot(alive, np.diff([0, *few.evaluated])))
-        part = max(part, taken / (configs * steps))
+        cost = max(cost, taken / (configs * steps))
         won += few.best == whole.best
         near += bool(whole.scores[few.best] <= 1.01 * whole.scores[whole.best])
     return {
@@ -183,7 +184,7 @@ def halved(problem: Problem, sweeps: int, configs: int, steps: int) -> dict[str,
         "steps": steps,
         "same": won,
         "within_1_percent": near,
-        "cost": round(part, 3),
+        "cost": round(cost, 3),
     }
 
 
