@@ -160,10 +160,10 @@ def compared(name: str, problem: Problem, trials: int, steps: int, few: int) -> 
     return line
 
 
-def halved(problem: Problem, sweeps: int, configs: int, steps: int) -> dict[str, Any]:
+def halved(problem: Problem, seeds: range, configs: int, steps: int) -> dict[str, Any]:
     """How often halving ends where training all to the end does, and on what part of the steps."""
     trial, won, near, cost = problem.trial, 0, 0, 0.0
-    for seed in range(sweeps):
+    for seed in seeds:
         draw, key = jax.random.split(jax.random.key(seed))
         drawn = search.configs(SPACE, search.sample(SPACE, draw, configs))
         batches = data.batches(problem.arrays, 64, seed=seed)
@@ -179,7 +179,7 @@ def halved(problem: Problem, sweeps: int, configs: int, steps: int) -> dict[str,
         near += bool(whole.scores[few.best] <= 1.01 * whole.scores[whole.best])
     return {
         "case": "halving",
-        "sweeps": sweeps,
+        "sweeps": len(seeds),
         "configs": configs,
         "steps": steps,
         "same": won,
@@ -195,6 +195,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rebuilt", type=int, default=8, help="how many trials to rebuild the optimiser for")
     parser.add_argument("--sweeps", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the first sweep")
     options = parser.parse_args()
     optuna.logging.set_verbosity(logging.ERROR)
     digits = data.digits()
@@ -209,7 +210,7 @@ def main() -> None:
             line = compared(name, problem, max(options.trials // 4, 1), max(options.steps // 40, 1), 0)
         else:
             problem = Problem(nets.MLP(features=(32,)), digits.train, digits.test)
-            line = halved(problem, options.sweeps, max(options.trials // 4, 1), options.steps)
+            line = halved(problem, range(options.seed, options.seed + options.sweeps), max(options.trials // 4, 1), options.steps)
         print(json.dumps({**line, **machine()}), flush=True)
 
 
