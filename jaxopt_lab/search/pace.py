@@ -11,6 +11,7 @@ from jaxopt_lab.core import tracing
 from jaxopt_lab.core.types import Array
 from jaxopt_lab.search.engines import Engine, Programs, looped, programs, scanned, vmapped
 from jaxopt_lab.search.grouping import Group, Member
+from jaxopt_lab.train.loop import worth_compiling
 
 __all__ = ["Start", "bytes_of_memory", "chosen", "split"]
 
@@ -18,9 +19,8 @@ __all__ = ["Start", "bytes_of_memory", "chosen", "split"]
 _WIDTH_ON_CPU, _WIDTH = 64, 4096
 _MEMORY_ON_CPU = 2 << 30
 _PROBES, _TIMED_STEPS, _LONG_S = 3, 16, 0.1
-# What a Python loop on a CPU pays for a call and for each array of it, which is all that a compiled one saves; and what a
-# multiplication takes there, about.
-_DISPATCH_S, _DISPATCH_S_PER_LEAF, _NEGLIGIBLE, _S_PER_MAC = 20e-6, 10e-6, 10, 1e-10
+# What a multiplication takes on a CPU, about.
+_S_PER_MAC = 1e-10
 
 
 class Start:
@@ -101,18 +101,20 @@ def chosen(start: Start, engine: Engine | None, steps: int, memory: int) -> Engi
     if engine is not None:
         return engine if engine.width is not None else _fitting(start, engine, memory)
     work = steps * -(-len(start.group.indices) // len(start.devices))
-    loop = _DISPATCH_S + _DISPATCH_S_PER_LEAF * start.leaves
-    products = start.macs * _S_PER_MAC if start.devices[0].platform == "cpu" else 0.0
-    if products > _NEGLIGIBLE * loop:
+    most = worth_compiling(start.leaves)
+    # An accelerator is to be filled whatever a step takes.
+    products = 0.0 if start.devices[0].platform != "cpu" else None if start.macs is None else start.macs * _S_PER_MAC
+    if products is not None and products > most:
         # A compiled loop would save next to nothing, and slows convolutions down.
         return looped()
 
-    # Where the products of a step take less than its dispatch, a Python loop is not worth a look.
     def wide():
         return _fitting(start, vmapped(), memory)
 
+    # Where the products of a step take less than its dispatch, a tenth of the most, a Python loop is not worth a look.
+    small = products is not None and products < most / 10
     best, built, engine = math.inf, 0.0, scanned()
-    for make in [wide, scanned] if products < loop else [looped, scanned, wide]:
+    for make in [wide, scanned] if small else [looped, scanned, wide]:
         # Nor is another program that takes longer to compile than it could save.
         if work * best < 2 * built:
             break
@@ -142,12 +144,12 @@ def _fitting(start: Start, engine: Engine, memory: int) -> Engine:
         width = max(min(width - 1, int(width * memory / taken)), 1)
 
 
-def _macs(member: Member, state: Any, batch: Any, traced: Any) -> int:
-    """The multiplications of a step; 0 where they cannot be counted, as with compressed leaves."""
+def _macs(member: Member, state: Any, batch: Any, traced: Any) -> int | None:
+    """The multiplications of a step; None where they cannot be counted, as with compressed leaves."""
     try:
         return tracing.count(member.step, state, batch, traced).macs
     except (TypeError, ValueError, NotImplementedError):
-        return 0
+        return None
 
 
 def _timed(start: Start, engine: Engine) -> tuple[float, float]:

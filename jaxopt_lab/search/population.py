@@ -56,8 +56,9 @@ def population(
       keep: how many of the best states to return; None for all.
       maximize: whether the best score is the largest.
       numbers: n integers to fold into the key instead of 0 ... n - 1.
-      memory: how many bytes on each device the states that are there at once may take, with what a step needs; by default four
-        fifths of an accelerator's own, and 2 GiB on a CPU. What does not fit is run in turns.
+      memory: how many bytes on each device the states that are there at once may take, and how many a call of `vmapped()` may,
+        with all that a step needs; by default four fifths of an accelerator's own, and 2 GiB on a CPU. What does not fit is run in
+        turns, or narrower.
       devices: over which members are spread; the default device alone if None.
       static: paths of numbers that are part of the program even where they could be traced.
 

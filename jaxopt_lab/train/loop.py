@@ -14,16 +14,29 @@ import numpy as np
 from jaxopt_lab.core.types import PyTree
 from jaxopt_lab.train.record import EarlyStopping, Metrics, Progress
 
-__all__ = ["Result", "fit"]
+__all__ = ["Result", "fit", "worth_compiling"]
 
 _CHUNK = 128
 _CHUNK_BYTES = 1 << 26
 _PROBES = 6
 _TIMED_STEPS = 32
-# A Python loop pays for its dispatch: some 20 us a call and 10 us an array, as measured on a CPU. A compiled loop saves that and no
-# more, so where a step takes ten times as long, it is not worth a second compilation.
-_DISPATCH_S, _DISPATCH_S_PER_LEAF, _NEGLIGIBLE = 20e-6, 10e-6, 10
+_DISPATCH_S, _DISPATCH_S_PER_ARRAY = 20e-6, 10e-6
 _IN_FLIGHT = 16
+
+
+def worth_compiling(arrays: int) -> float:
+    """Up to how many seconds a step may take for a compiled loop of it to be worth a second compilation.
+
+    A Python loop pays for its dispatch, some 20 us a call and 10 us an array, as measured on a CPU. A compiled loop saves that and
+    no more, so where a step takes ten times as long, it is not worth it.
+
+    Args:
+      arrays: how many the state and a batch consist of.
+
+    >>> round(worth_compiling(18), 6)
+    0.002
+    """
+    return 10 * (_DISPATCH_S + _DISPATCH_S_PER_ARRAY * arrays)
 
 
 class Result(NamedTuple):
@@ -220,8 +233,7 @@ class _Loop:
         jax.block_until_ready(self.state)
         # The least of a few: a hiccup must not pass for a long step.
         single = min(self._timed(lambda: self.advance(self.at + 1, 1)) for _ in range(_PROBES - 1))
-        dispatch = _DISPATCH_S + _DISPATCH_S_PER_LEAF * len(jax.tree.leaves((self.state, batch)))
-        if single > _NEGLIGIBLE * dispatch:
+        if single > worth_compiling(len(jax.tree.leaves((self.state, batch)))):
             return 1
         chunk = min(_CHUNK, _CHUNK_BYTES // max(size, 1))
         if period is not None and chunk:
