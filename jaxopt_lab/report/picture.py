@@ -1,20 +1,16 @@
 """The picture: accuracy against bytes, every stage a point with its interval."""
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxopt_lab.core.files import write
+from jaxopt_lab.report import canvas
 from jaxopt_lab.report.measure import Stage
 
 __all__ = ["picture"]
 
-_COLOURS = ("#3b6fb6", "#d1603d", "#4f9d69", "#8a5fa8", "#b8860b", "#2a9d9d", "#a83f5d", "#6b7280")
-"""Told apart in print and by most eyes; the stages take them in order."""
 _APART = 9
 """Points of length between two intervals that would else hide one another."""
-_INK, _FAINT = "#22272e", "#8b949e"
 
 
 def picture(rows: Sequence[Stage], path: str | Path, *, title: str = "Accuracy against size", dpi: int = 160) -> Path:
@@ -40,17 +36,12 @@ def picture(rows: Sequence[Stage], path: str | Path, *, title: str = "Accuracy a
     """
     if not rows:
         raise ValueError("a picture needs at least one stage; there are none")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     sizes = [max(1, row.array_bytes) for row in rows]
     accuracies = [100 * row.accuracy for row in rows]
 
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
-    figure = Figure(figsize=(8, 5), dpi=dpi, layout=layout, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
+    figure = canvas.figure(8, 5, dpi)
     axes = figure.add_subplot()
     axes.set_xscale("log")
     axes.set_xlim(min(sizes) / 1.6, max(sizes) * 1.6)
@@ -60,7 +51,7 @@ def picture(rows: Sequence[Stage], path: str | Path, *, title: str = "Accuracy a
 
     shifts = _shifts(axes, sizes)
     for k, (row, size, accuracy) in enumerate(zip(rows, sizes, accuracies, strict=True)):
-        colour = _COLOURS[k % len(_COLOURS)]
+        colour = _colour(k)
         axes.vlines(
             size, 100 * row.interval[0], 100 * row.interval[1], color=colour, alpha=0.35, linewidth=5, capstyle="round", zorder=2,
             transform=axes.transData + shifts[k],
@@ -74,21 +65,16 @@ def picture(rows: Sequence[Stage], path: str | Path, *, title: str = "Accuracy a
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _unit(value)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
-    axes.set_xlabel("bytes of arrays as stored", color=_INK)
-    axes.set_ylabel(f"accuracy on {rows[0].examples:,} held-out examples", color=_INK)
-    axes.set_title(title, loc="left", color=_INK, fontsize=13, fontweight="bold", pad=12)
-    axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK, length=3)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(_FAINT)
-    _label(canvas, axes, rows, sizes, accuracies, shifts)
+    axes.set_xlabel("bytes of arrays as stored", color=canvas.INK)
+    axes.set_ylabel(f"accuracy on {rows[0].examples:,} held-out examples", color=canvas.INK)
+    axes.set_title(title, loc="left", color=canvas.INK, fontsize=13, fontweight="bold", pad=12)
+    canvas.dress(axes)
+    _label(axes, rows, sizes, accuracies, shifts)
+    return canvas.png(figure, path)
 
-    body = io.BytesIO()
-    canvas.print_png(body)
-    return write(path, body.getvalue())
+
+def _colour(k: int) -> str:
+    return canvas.COLOURS[k % len(canvas.COLOURS)]
 
 
 def _unit(value: float) -> str:
@@ -125,48 +111,16 @@ def _apart(places: Sequence[float]) -> list[float]:
     return moved
 
 
-def _label(canvas, axes, rows: Sequence[Stage], sizes: Sequence[float], accuracies: Sequence[float], shifts: Sequence) -> None:
-    """Writes each stage's name beside its point, in the first place around it that is free of points, bars, names and the edge."""
+def _label(axes, rows: Sequence[Stage], sizes: Sequence[float], accuracies: Sequence[float], shifts: Sequence) -> None:
+    """Writes each stage's name beside its point, clear of points and bars."""
     from matplotlib.transforms import Bbox
 
     # The layout moves the axes as it makes room for their text: only after one drawing do points have their places.
-    canvas.draw()
-    inside = axes.get_window_extent()
-    dot = canvas.figure.dpi / 72
+    axes.get_figure().canvas.draw()
+    dot = axes.get_figure().dpi / 72
     centres = [(axes.transData + shift).transform(p) for shift, *p in zip(shifts, sizes, accuracies, strict=True)]
     taken = []
     for row, (x, _) in zip(rows, centres, strict=True):
         low, high = (axes.transData.transform((1, 100 * end))[1] for end in row.interval)
         taken.append(Bbox.from_extents(x - 5 * dot, low - 3 * dot, x + 5 * dot, high + 3 * dot))
-    for k, row in enumerate(rows):
-        colour = _COLOURS[k % len(_COLOURS)]
-        text = axes.annotate(
-            row.name, centres[k], xycoords="figure pixels", xytext=(0, 0), textcoords="offset points", fontsize=10, color=colour,
-            fontweight="bold", va="center",
-        )  # fmt: skip
-        best = None
-        for rise in (0, 13, -13, 26, -26, 39, -39, 52, -52, 65, -65, 78, -78):
-            for side in (1, -1):
-                text.set_ha("left" if side > 0 else "right")
-                text.set_position((11 * side, rise))
-                box = text.get_window_extent(canvas.get_renderer())
-                hidden = sum(_overlap(box, other) for other in taken) + box.width * box.height - _overlap(box, inside)
-                if best is None or hidden < best[0] - 1e-6:
-                    best = (hidden, side, rise, box)
-        _, side, rise, box = best
-        text.set_ha("left" if side > 0 else "right")
-        text.set_position((11 * side, rise))
-        taken.append(box)
-        if abs(rise) > 13:
-            # A name that had to move away is tied to its point by a line.
-            axes.annotate(
-                "", centres[k], xycoords="figure pixels", xytext=(10 * side, rise), textcoords="offset points",
-                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 5},
-            )  # fmt: skip
-
-
-def _overlap(one, other) -> float:
-    """The area that two boxes share, in pixels."""
-    width = min(one.x1, other.x1) - max(one.x0, other.x0)
-    height = min(one.y1, other.y1) - max(one.y0, other.y0)
-    return max(0.0, width) * max(0.0, height)
+    canvas.place(axes, [row.name for row in rows], centres, taken, [_colour(k) for k in range(len(rows))])

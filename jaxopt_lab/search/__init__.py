@@ -31,6 +31,7 @@ from jaxopt_lab.search.hypergradient import (
     tune,
     unit,
 )
+from jaxopt_lab.search.importance import Importance, SobolIndices, importance, sobol_indices
 from jaxopt_lab.search.population import population
 from jaxopt_lab.search.selection.cross_validation import (
     CrossValidation,
@@ -77,6 +78,7 @@ __all__ = [
     "GPSampler",
     "Hyperband",
     "Hypergradient",
+    "Importance",
     "LearningCurve",
     "Method",
     "NestedCrossValidation",
@@ -85,6 +87,7 @@ __all__ = [
     "Range",
     "RateRange",
     "Result",
+    "SobolIndices",
     "Solver",
     "Trial",
     "Tuned",
@@ -110,6 +113,7 @@ __all__ = [
     "hyperband",
     "hypergradient",
     "implicit",
+    "importance",
     "integer",
     "kfold",
     "learning_curve",
@@ -130,6 +134,7 @@ __all__ = [
     "reverse",
     "sample",
     "scanned",
+    "sobol_indices",
     "stratified",
     "successive_halving",
     "suggest",
