@@ -235,7 +235,7 @@ def test_the_check_of_documentation_can_fail():
             "import jaxopt_lab as lab; lab.prune.sparsify",
             {"quax", "orbax", "sklearn", "matplotlib", "tyro", "flax.nnx"},
         ),
-        ("import jaxopt_lab as lab; lab.search.population", {"optuna", "sqlalchemy", "quax", "orbax", "matplotlib", "tyro"}),
+        ("import jaxopt_lab as lab; lab.search.population", {"optuna", "ray", "sqlalchemy", "quax", "orbax", "matplotlib", "tyro"}),
     ],
 )
 def test_an_import_brings_in_no_more_than_it_needs(statement, kept_out):

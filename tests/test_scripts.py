@@ -96,6 +96,11 @@ def test_gp(benchmark):
     assert {row["method"] for row in rows} == {"ours", "tpe"}
 
 
+def test_architectures(benchmark):
+    rows = benchmark(load("benchmark_architectures"), "mnist1d", "--seeds", "2")
+    assert len(rows) == 2
+
+
 def test_hypergradient(benchmark):
     arguments = ["--tiny", "--budget", "6", "--seeds", "0", "--methods", "random", "reverse", "implicit", "--repeats", "1"]
     rows = benchmark(load("benchmark_hypergradient"), *arguments)

@@ -50,6 +50,10 @@ class Batches:
         # The last two passes are kept for speed alone: each is a function of the seed and its number.
         object.__setattr__(self, "_pass", functools.lru_cache(maxsize=2)(functools.partial(_shuffled, self.seed, self.examples)))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # To other processes it goes without the passes that are kept.
+        return type(self), (self.arrays, self.batch_size, self.seed)
+
     @property
     def examples(self) -> int:
         """The number of examples in the data."""

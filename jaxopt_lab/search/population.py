@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_lab.core.types import Array, PyTree
+from jaxopt_lab.search.elsewhere import Elsewhere
 from jaxopt_lab.search.engines import Engine, Programs, programs
 from jaxopt_lab.search.grouping import group
 from jaxopt_lab.search.pace import Start, bytes_of_memory, chosen, split
@@ -29,7 +30,7 @@ def population(
     batches: Callable[[int], Any],
     steps: int,
     rungs: Sequence[int] = (),
-    engine: Engine | None = None,
+    engine: Engine | Elsewhere | None = None,
     keep: int | None = None,
     maximize: bool = False,
     numbers: Sequence[int] | None = None,
@@ -51,8 +52,8 @@ def population(
       batches: `batches(step) -> batch`, the same for all; its method `stack(step, k)`, if it has one, gives k of them at once.
       steps: how many steps each takes.
       rungs: steps after which all are evaluated besides the last.
-      engine: how they are run (`looped`, `scanned`, `vmapped`); None measures which is fastest for each group of shapes, and
-        may choose otherwise, and so round otherwise, from run to run.
+      engine: how they are run (`looped`, `scanned`, `vmapped`), or by whom (`ray`); None measures which is fastest for each group
+        of shapes, and may choose otherwise, and so round otherwise, from run to run.
       keep: how many of the best states to return; None for all.
       maximize: whether the best score is the largest.
       numbers: n integers to fold into the key instead of 0 ... n - 1.
@@ -87,6 +88,9 @@ def population(
     """
     marks = check_rungs(rungs, steps)
     options: dict[str, Any] = {"engine": engine, "numbers": numbers, "memory": memory, "devices": devices, "static": static}
+    if isinstance(engine, Elsewhere):
+        run = {"key": key, "batches": batches, "steps": steps, "rungs": rungs, "keep": keep, "maximize": maximize, **options}
+        return engine.population(trial, configs, run)
     crew = Crew(trial, configs, key, batches, steps, **options)
     record = Record(len(crew.configs))
     turns, order = crew.turns(), []
@@ -136,6 +140,8 @@ class Crew:
     ):
         check_trial(trial)
         check_typed_key(key)
+        if isinstance(engine, Elsewhere):
+            raise TypeError(f"{engine} trains populations and sweeps; what compares its members as they train needs them here")
         if not len(configs):
             raise ValueError("there is no configuration to train")
         if not callable(batches):

@@ -3,6 +3,19 @@
 Who runs a trial is written to the trial, with a time until which that holds, and prolonged while it is trained. A trial whose time
 is over, or whose process is no more on this machine, is taken over by the next process that comes by: with the same number, hence
 with the same key and, the parameters being stored, to the same result.
+
+So several machines need nothing but a storage that all of them reach: a journal file on a shared file system (NFS 3 or later;
+Optuna locks it), or the URL of a database. Each runs the same script, as many times as it likes; their clocks must agree to a part
+of a lease. Under Slurm that is a job array, and an array after it that takes over what the first left:
+
+    #!/bin/bash
+    #SBATCH --array=0-15 --gres=gpu:1 --cpus-per-task=8 --time=04:00:00 --requeue
+    srun python sweep.py    # open_study(space, "name", storage="/shared/sweep.log"), then sweep(study, space, trial, ...)
+
+    first=$(sbatch --parsable sweep.sbatch) && sbatch --dependency=afterany:$first sweep.sbatch
+
+Each process should be given a sampler with another seed, or none: of one seed, random ones ask for the same. Where a Ray cluster is
+at hand, one process does, and hands its trials out: `engine=ray(address="auto")`.
 """
 
 import math
@@ -12,20 +25,21 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from jaxopt_lab.core.types import Array, PyTree
+from jaxopt_lab.search.elsewhere import Elsewhere, Lost
 from jaxopt_lab.search.population import population
 from jaxopt_lab.search.study import Asked, suggest, tell
-from jaxopt_lab.search.trial import Trial
+from jaxopt_lab.search.trial import Result, Trial
 
 if TYPE_CHECKING:
     import optuna
 
 __all__ = ["sweep"]
 
-_LEASE = "jaxopt_lab:lease"
+_LEASE, _CAUSE = "jaxopt_lab:lease", "jaxopt_lab:cause"
 
 
 def sweep(
@@ -53,10 +67,11 @@ def sweep(
       study: of `open_study`; its storage is the record, its sampler chooses.
       space: what is suggested.
       trial, key, batches, steps, rungs: as for `population`.
-      trials: how many the study is to have in all, those that failed among them.
+      trials: how many the study is to have in all, those that failed among them. Processes that ask at the very same moment may
+        come to a few more.
       together: how many to ask for at once. A sampler that learns, learns between.
       lease: for how many seconds a trial belongs to the process that asked for it, counted anew while it is trained.
-      options: as for `population`: engine, memory, devices, static.
+      options: as for `population`: engine, memory, devices, static. `engine=ray(...)` asks for `together` trials for each actor.
 
     Returns:
       How many trials this process ran. Others that run elsewhere still may be unfinished.
@@ -76,42 +91,66 @@ def sweep(
         raise ValueError(f"trials must not be negative, together at least 1, lease positive; got {trials}, {together} and {lease}")
     if len(study.directions) != 1:
         raise ValueError(f"a population has one score, and the study {len(study.directions)} objectives")
-    maximize, ran = study.direction.name == "MAXIMIZE", 0
     owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
-    while taken := _taken(study, space, trials, together, owner, lease):
-        with _held(study, taken, owner, lease):
-            found = population(
-                trial,
-                [each.config for each in taken],
-                key=key,
-                numbers=[each.trial.number for each in taken],
-                batches=batches,
-                steps=steps,
-                rungs=rungs,
-                keep=0,
-                maximize=maximize,
-                **options,
-            )
-        for each, curve in zip(taken, found.curves, strict=True):
-            _finish(study, each, curve, found.evaluated)
-        ran += len(taken)
-    return ran
+    maximize, engine = study.direction.name == "MAXIMIZE", options.get("engine")
+    run = {"key": key, "batches": batches, "steps": steps, "rungs": rungs, "keep": 0, "maximize": maximize, **options}
+    flying: dict[int, Asked] = {}
+    ran = 0
+    with (
+        engine.hands(trial, run) if isinstance(engine, Elsewhere) else nullcontext(_Here(trial, run)) as hands,
+        _held(study, flying, owner, lease),
+    ):
+        while True:
+            while hands.room() and (taken := _taken(study, space, trials, together, owner, lease, flying)):
+                hands.submit(list(taken), [each.config for each in taken.values()], list(taken))
+            if not flying:
+                return ran
+            for numbers, found in hands.wait():
+                for row, number in enumerate(numbers):
+                    _finish(study, flying.pop(number), found, row)
+                ran += len(numbers)
 
 
-def _taken(study: "optuna.Study", space: PyTree, trials: int, together: int, owner: str, lease: float) -> list[Asked]:
-    """Trials to run now: those that were left behind, and new ones while the study is to have more."""
+class _Here:
+    """One population at a time, trained in this process when it is waited for."""
+
+    def __init__(self, trial: Trial, run: dict[str, Any]):
+        self._trial, self._run = trial, run
+        self._given: tuple[Sequence[int], Sequence[Any], Sequence[int]] | None = None
+
+    def room(self) -> int:
+        return int(self._given is None)
+
+    def submit(self, labels: Sequence[int], configs: Sequence[Any], numbers: Sequence[int]) -> None:
+        self._given = labels, configs, numbers
+
+    def wait(self) -> list[tuple[list[int], Result | Lost]]:
+        assert self._given is not None
+        labels, configs, numbers = self._given
+        self._given = None
+        return [(list(labels), population(self._trial, configs, numbers=numbers, **self._run))]
+
+
+def _taken(
+    study: "optuna.Study", space: PyTree, trials: int, together: int, owner: str, lease: float, flying: dict[int, Asked]
+) -> dict[int, Asked]:
+    """Trials to run now: those that were left behind, and new ones while the study is to have more; `flying` has them too."""
     import optuna
 
     known = study.get_trials(deepcopy=False)
-    left = [each for each in known if each.state == optuna.trial.TrialState.RUNNING and _left(each, owner, lease)][:together]
+    running = [each for each in known if each.state == optuna.trial.TrialState.RUNNING and each.number not in flying]
+    left = [each for each in running if _left(each, owner, lease)][:together]
     waiting = sum(each.state == optuna.trial.TrialState.WAITING for each in known)
     new = min(together - len(left), max(trials - len(known), 0) + waiting)
-    asked = []
+    asked = {}
     for k in range(len(left) + new):
+        # Suggestions take their time, and other processes ask too.
+        if k >= len(left) + max(waiting, 1) and len(study.get_trials(deepcopy=False)) >= trials:
+            break
         # Taken over by its number in the storage; what it had been suggested stays, and the rest is suggested now.
         each = optuna.trial.Trial(study, left[k]._trial_id) if k < len(left) else study.ask()
         each.set_user_attr(_LEASE, [owner, time.time() + lease])
-        asked.append(Asked(each, suggest(each, space)))
+        flying[each.number] = asked[each.number] = Asked(each, suggest(each, space))
     return asked
 
 
@@ -139,34 +178,49 @@ def _runs(process: int) -> bool:
 
 
 @contextmanager
-def _held(study: "optuna.Study", taken: Sequence[Asked], owner: str, lease: float) -> Iterator[None]:
-    """Prolongs the leases of some trials from a thread of its own, until they are trained."""
+def _held(study: "optuna.Study", flying: dict[int, Asked], owner: str, lease: float) -> Iterator[None]:
+    """Prolongs the leases of the trials that are trained, from a thread of its own; after an error it gives them up."""
     from optuna.exceptions import UpdateFinishedTrialError
 
     over = threading.Event()
 
+    def until(when: float) -> None:
+        for each in tuple(flying.values()):
+            # One that another process has taken over may be finished.
+            with suppress(UpdateFinishedTrialError):
+                each.trial.set_user_attr(_LEASE, [owner, when])
+
     def prolong() -> None:
         while not over.wait(lease / 3):
-            for each in taken:
-                # One that another process has taken over may be finished.
-                with suppress(UpdateFinishedTrialError):
-                    each.trial.set_user_attr(_LEASE, [owner, time.time() + lease])
+            until(time.time() + lease)
 
     thread = threading.Thread(target=prolong, daemon=True)
     thread.start()
     try:
         yield
+    except BaseException:
+        over.set()
+        thread.join()
+        # The storage may be what failed.
+        with suppress(Exception):
+            until(0.0)
+        raise
     finally:
         over.set()
         thread.join()
 
 
-def _finish(study: "optuna.Study", asked: Asked, curve: Any, evaluated: Sequence[int]) -> None:
+def _finish(study: "optuna.Study", asked: Asked, found: Result | Lost, row: int) -> None:
     """Tells the study of a trial, unless another process, which had taken it over, was faster."""
     from optuna.exceptions import UpdateFinishedTrialError
 
     try:
-        for step, score in zip(evaluated[:-1], curve[:-1], strict=True):
+        if isinstance(found, Lost):
+            asked.trial.set_user_attr(_CAUSE, found.cause)
+            tell(study, asked.trial, math.nan)
+            return
+        curve = found.curves[row]
+        for step, score in zip(found.evaluated[:-1], curve[:-1], strict=True):
             if not math.isnan(score):
                 asked.trial.report(float(score), step)
         tell(study, asked.trial, curve[-1])
