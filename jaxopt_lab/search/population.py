@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +37,7 @@ def population(
     memory: int | None = None,
     devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
     static: Sequence[str] = (),
+    prune: Callable[[int, Mapping[int, float]], Collection[int]] | None = None,
 ) -> Result:
     """Trains every configuration for `steps` steps, all that share their shapes by one compiled program.
 
@@ -62,6 +63,8 @@ def population(
         turns, or narrower.
       devices: over which members are spread; the default device alone if None.
       static: paths of numbers that are part of the program even where they could be traced.
+      prune: `(step, scores) -> indices`, which is asked after each rung, with the scores by index of those that are trained, which
+        to train no further; the others move together, and the best is one of those that took every step.
 
     Returns:
       A `Result`: scores `[n]`, states, curves and the best.
@@ -89,6 +92,8 @@ def population(
     marks = check_rungs(rungs, steps)
     options: dict[str, Any] = {"engine": engine, "numbers": numbers, "memory": memory, "devices": devices, "static": static}
     if isinstance(engine, Elsewhere):
+        if prune is not None:
+            raise ValueError(f"{engine} trains elsewhere, where prune cannot be asked; leave it out")
         run = {"key": key, "batches": batches, "steps": steps, "rungs": rungs, "keep": keep, "maximize": maximize, **options}
         return engine.population(trial, configs, run)
     crew = Crew(trial, configs, key, batches, steps, **options)
@@ -99,7 +104,14 @@ def population(
         for mark in marks:
             members.advance(mark)
             members.evaluate()
-        order = ranked(record.scores(), maximize)
+            if prune is not None and mark != steps:
+                scores = record.scores(mark)
+                dropped = prune(mark, {index: float(scores[index]) for index in members.alive})
+                members.select({index: index for index in members.alive if index not in dropped})
+            if not members.alive:
+                break
+        # What was pruned ended on fewer steps than the others.
+        order = ranked(record.scores(None if prune is None else steps), maximize)
         members.hand_over(None if keep is None else set(order[:keep]), away=len(turns) > 1)
     return record.result(crew.configs, crew.names, order[0] if order else None)
 
@@ -218,9 +230,9 @@ class Record:
             columns.setdefault(name, np.full((self._count, *value.shape[1:]), np.nan))[indices] = value
 
     def scores(self, at: int | None = None) -> np.ndarray:
-        """`[n]`, the scores after a step; of each member its last, if none is named."""
+        """`[n]`, the scores after a step, NaN of those that it did not see; of each member its last, if none is named."""
         if at is not None:
-            return self._scores[at]
+            return self._scores.get(at, np.full(self._count, np.nan))
         last = np.full(self._count, np.nan)
         for step in sorted(self._seen):
             last = np.where(self._seen[step], self._scores[step], last)

@@ -24,7 +24,8 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,7 @@ def sweep(
     steps: int,
     rungs: Sequence[int] = (),
     lease: float = 60.0,
+    prune: bool = False,
     **options: Any,
 ) -> int:
     """Runs a study up to a number of trials, so many at a time by one compiled program.
@@ -71,13 +73,15 @@ def sweep(
         come to a few more.
       together: how many to ask for at once. A sampler that learns, learns between.
       lease: for how many seconds a trial belongs to the process that asked for it, counted anew while it is trained.
+      prune: whether the study's pruner is asked at each rung which trials to give up, of all that the storage knows: with
+        `optuna.pruners.SuccessiveHalvingPruner` that is ASHA. What goes on moves together, on the device.
       options: as for `population`: engine, memory, devices, static. `engine=ray(...)` asks for `together` trials for each actor.
 
     Returns:
       How many trials this process ran. Others that run elsewhere still may be unfinished.
 
     Raises:
-      ValueError: a number out of range, a study of several objectives, or as for `population`.
+      ValueError: a number out of range, a study of several objectives, pruning without rungs or elsewhere, or as for `population`.
 
     >>> import jax, jax.numpy as jnp, optuna
     >>> from jaxopt_lab.search.spaces import uniform
@@ -86,6 +90,8 @@ def sweep(
     >>> space, options = {"rate": uniform(0.0, 1.0)}, {"key": jax.random.key(0), "batches": lambda step: {}, "steps": 2}
     >>> sweep(study, space, trial, trials=5, together=3, **options), [t.state.name for t in study.trials]
     (5, ['COMPLETE', 'COMPLETE', 'COMPLETE', 'COMPLETE', 'COMPLETE'])
+
+    Source: Li et al., "A system for massively parallel hyperparameter tuning", 2020 (ASHA).
     """
     if trials < 0 or together < 1 or not lease > 0:
         raise ValueError(f"trials must not be negative, together at least 1, lease positive; got {trials}, {together} and {lease}")
@@ -94,10 +100,15 @@ def sweep(
     owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
     maximize, engine = study.direction.name == "MAXIMIZE", options.get("engine")
     run = {"key": key, "batches": batches, "steps": steps, "rungs": rungs, "keep": 0, "maximize": maximize, **options}
+    if prune and (not rungs or isinstance(engine, Elsewhere)):
+        raise ValueError(f"prune asks at rungs, in this process; got rungs={tuple(rungs)} and engine={engine}")
     flying: dict[int, Asked] = {}
+    pruned: set[int] = set()
     ran = 0
     with (
-        engine.hands(trial, run) if isinstance(engine, Elsewhere) else nullcontext(_Here(trial, run)) as hands,
+        engine.hands(trial, run)
+        if isinstance(engine, Elsewhere)
+        else nullcontext(_Here(trial, run, flying, pruned if prune else None)) as hands,
         _held(study, flying, owner, lease),
     ):
         while True:
@@ -107,15 +118,18 @@ def sweep(
                 return ran
             for numbers, found in hands.wait():
                 for row, number in enumerate(numbers):
-                    _finish(study, flying.pop(number), found, row)
+                    _finish(study, flying.pop(number), found, row, number in pruned)
                 ran += len(numbers)
 
 
 class _Here:
-    """One population at a time, trained in this process when it is waited for."""
+    """One population at a time, trained in this process when it is waited for.
 
-    def __init__(self, trial: Trial, run: dict[str, Any]):
-        self._trial, self._run = trial, run
+    `flying` has its trials, and those that their pruner gave up come into `pruned`; None asks no pruner.
+    """
+
+    def __init__(self, trial: Trial, run: dict[str, Any], flying: Mapping[int, Asked], pruned: set[int] | None):
+        self._trial, self._run, self._flying, self._pruned = trial, run, flying, pruned
         self._given: tuple[Sequence[int], Sequence[Any], Sequence[int]] | None = None
 
     def room(self) -> int:
@@ -128,7 +142,37 @@ class _Here:
         assert self._given is not None
         labels, configs, numbers = self._given
         self._given = None
-        return [(list(labels), population(self._trial, configs, numbers=numbers, **self._run))]
+
+        def ended(step: int, scores: Mapping[int, float]) -> list[int]:
+            return [index for index, score in scores.items() if self._ends(labels[index], step, score)]
+
+        prune = None if self._pruned is None else ended
+        return [(list(labels), population(self._trial, configs, numbers=numbers, prune=prune, **self._run))]
+
+    def _ends(self, number: int, step: int, score: float) -> bool:
+        """Whether a trial goes no further: it diverged, its pruner says so, or another process has finished it."""
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        trial = self._flying[number].trial
+        if math.isnan(score):
+            return True
+        try:
+            _report(trial, score, step)
+        except UpdateFinishedTrialError:
+            return True
+        if trial.should_prune():
+            assert self._pruned is not None
+            self._pruned.add(number)
+            return True
+        return False
+
+
+def _report(trial: "optuna.Trial", score: float, step: int) -> None:
+    with warnings.catch_warnings():
+        # A trial that was taken over may have got there before.
+        warnings.filterwarnings("ignore", "The reported value is ignored", UserWarning)
+        if not math.isnan(score):
+            trial.report(score, step)
 
 
 def _taken(
@@ -210,8 +254,9 @@ def _held(study: "optuna.Study", flying: dict[int, Asked], owner: str, lease: fl
         thread.join()
 
 
-def _finish(study: "optuna.Study", asked: Asked, found: Result | Lost, row: int) -> None:
+def _finish(study: "optuna.Study", asked: Asked, found: Result | Lost, row: int, pruned: bool) -> None:
     """Tells the study of a trial, unless another process, which had taken it over, was faster."""
+    import optuna
     from optuna.exceptions import UpdateFinishedTrialError
 
     try:
@@ -219,10 +264,12 @@ def _finish(study: "optuna.Study", asked: Asked, found: Result | Lost, row: int)
             asked.trial.set_user_attr(_CAUSE, found.cause)
             tell(study, asked.trial, math.nan)
             return
+        if pruned:
+            study.tell(asked.trial, state=optuna.trial.TrialState.PRUNED)
+            return
         curve = found.curves[row]
         for step, score in zip(found.evaluated[:-1], curve[:-1], strict=True):
-            if not math.isnan(score):
-                asked.trial.report(float(score), step)
+            _report(asked.trial, float(score), step)
         tell(study, asked.trial, curve[-1])
     except (UpdateFinishedTrialError, ValueError):
         if not study.get_trials(deepcopy=False)[asked.trial.number].state.is_finished():

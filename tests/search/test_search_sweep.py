@@ -15,6 +15,7 @@ import numpy as np
 import optuna
 import pytest
 
+from jaxopt_lab.search.elsewhere import Elsewhere
 from jaxopt_lab.search.engines import scanned, vmapped
 from jaxopt_lab.search.population import population
 from jaxopt_lab.search.spaces import choice, log_uniform, uniform
@@ -215,3 +216,43 @@ def test_of_three_processes_one_is_killed_and_no_trial_is_lost_or_doubled(tmp_pa
     lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
     told = [line["trial_id"] for line in lines if line.get("state") == optuna.trial.TrialState.COMPLETE]
     assert sorted(told) == list(range(count))
+
+
+def test_pruned_trials_leave_their_population_and_the_others_end_as_they_would():
+    """ASHA: of each rung so far a third goes on; what goes on comes to the same as without the pruner."""
+    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3), pruner=pruner)
+    assert sweep(study, SPACE, TRIAL, trials=18, together=6, prune=True, **{**RUN, "rungs": (1, 3)}) == 18
+    names = [trial.state.name for trial in study.trials]
+    assert set(names) == {"COMPLETE", "PRUNED"}
+    assert names.count("PRUNED") >= 9
+    values = np.array(values_by_hand(study))
+    ended = [trial.number for trial in study.trials if trial.state.name == "COMPLETE"]
+    np.testing.assert_allclose([study.trials[number].value for number in ended], values[ended], rtol=1e-5)
+    # Each was seen at every rung up to where it ended, and no further.
+    for trial in study.trials:
+        assert list(trial.intermediate_values) == [1, 3][: len(trial.intermediate_values)]
+        assert len(trial.intermediate_values) == 2 or trial.state.name == "PRUNED"
+
+
+def test_what_diverges_at_a_rung_fails_and_is_not_pruned():
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0), pruner=optuna.pruners.NopPruner())
+    trial = Trial(lambda key, c: jnp.float32(1), lambda x, batch, c: (x / (c["rate"] > 0.5) * 1.0, {}), lambda x: x - x + 1.0)
+    sweep(
+        study,
+        {"rate": uniform(0.0, 1.0)},
+        trial,
+        trials=8,
+        together=8,
+        prune=True,
+        **{**RUN, "rungs": (1,), "batches": lambda step: {}},
+    )
+    for each in study.trials:
+        assert each.state.name == ("COMPLETE" if each.params["rate"] > 0.5 else "FAIL")
+
+
+@pytest.mark.parametrize("options", [{}, {"rungs": (1,), "engine": Elsewhere()}])
+def test_pruning_needs_rungs_in_this_process(options):
+    study = optuna.create_study()
+    with pytest.raises(ValueError, match="prune asks at rungs"):
+        sweep(study, SPACE, TRIAL, trials=1, together=1, prune=True, **{**RUN, **options})
