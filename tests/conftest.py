@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The suite, with the processes that it starts, compiles more than it computes: to optimise takes twice the time that it saves.
@@ -15,6 +16,17 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# What XLA compiled once it reads from here, which takes a third of the time. Each process has a directory of its own, and those that
+# tests start have none: JAX does not write these files as a whole, and what was half written when it is read is a warning.
+_COMPILED = tempfile.TemporaryDirectory(prefix="jaxopt_lab-compiled-")
+jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_unconfigure(config):
+    _COMPILED.cleanup()
 
 
 @pytest.fixture(scope="module", autouse=True)
