@@ -17,8 +17,8 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# What XLA compiled once it reads from here, which takes a third of the time. Each process has a directory of its own, and those that
-# tests start have none: JAX does not write these files as a whole, and what was half written when it is read is a warning.
+# What XLA compiled once it reads from here, which takes a third of the time. Each process has a directory of its own, and those
+# that tests start have none: JAX does not write these files as a whole, and what was half written when it is read is a warning.
 _COMPILED = tempfile.TemporaryDirectory(prefix="jaxopt_lab-compiled-")
 jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

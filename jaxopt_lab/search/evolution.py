@@ -115,7 +115,7 @@ def evolve(
       every: how many steps lie between rungs.
       part: :math:`\rho`, at most one half.
       explore: `(random, dimension, value) -> value`; `perturb()` by default.
-      options: engine, memory, devices, static, as for `population`.
+      options: engine, memory, devices, static, save, as for `population`; `explore` must be pure but for its generator.
 
     Returns:
       An `Evolved`: the result, and whose state each member went on from.
@@ -140,7 +140,15 @@ def evolve(
         raise ValueError(f"part must lie in (0, 0.5]; got {part}")
     found, explore = dimensions(space), explore or perturb()
     random = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
-    crew = Crew(trial, configs, key, batches, steps, **options)
+    decided = {
+        "function": "evolve",
+        "every": int(every),
+        "part": float(part),
+        "maximize": maximize,
+        "space": found,
+        "explore": explore,
+    }
+    crew = Crew(trial, configs, key, batches, steps, decided=decided, **options)
     record = Record(len(crew.configs))
     members = Members(crew, record, crew.everyone())
     now, lineage, history = list(crew.configs), [], []

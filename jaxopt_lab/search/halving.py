@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -71,7 +72,7 @@ def successive_halving(
       least: the fewest steps before anything is dropped.
       rungs: the steps after which some are dropped; None for those of `halving_rungs`.
       keep: how many of the best states to return; None for all that took every step.
-      options: engine, memory, devices, static, as for `population`. All states that are alive must fit into memory.
+      options: engine, memory, devices, static, save, as for `population`. All states that are alive must fit into memory.
 
     Returns:
       A `Result`; `curves` is NaN where a configuration had been dropped, and `best` is among those that took every step.
@@ -91,7 +92,8 @@ def successive_halving(
     marks = check_rungs(halving_rungs(len(configs), steps, factor, least) if rungs is None else rungs, steps)
     if not factor > 1:
         raise ValueError(f"factor must be above 1; got {factor}")
-    crew = Crew(trial, configs, key, batches, steps, **options)
+    decided = {"function": "successive_halving", "rungs": [*map(int, marks[:-1])], "factor": float(factor), "maximize": maximize}
+    crew = Crew(trial, configs, key, batches, steps, decided=decided, **options)
     record = Record(len(crew.configs))
     members = Members(crew, record, crew.everyone())
     for mark in marks:
@@ -132,6 +134,7 @@ def hyperband(
     factor: float = 3.0,
     least: int = 1,
     maximize: bool = False,
+    save: str | Path | None = None,
     **options: Any,
 ) -> Hyperband:
     r"""Successive halving at every trade-off between many configurations and many steps, each for about the same work.
@@ -145,6 +148,7 @@ def hyperband(
       steps: R, the most that any configuration takes.
       factor: :math:`\eta`.
       least: :math:`r_{min}`.
+      save: as for `population`; each bracket has a directory of its own in it, `bracket-S`.
 
     Raises:
       ValueError: as for `successive_halving`, or every configuration diverged.
@@ -166,9 +170,10 @@ def hyperband(
         count = math.ceil((most + 1) * factor**s / (s + 1) - 1e-9)
         drawn = drawn_configs(space, sample(space, draw, count))
         rungs = halving_rungs(round(factor**s), steps, factor, least)
+        own = {**options, "save": None if save is None else Path(save) / f"bracket-{s}"}
         brackets.append(
             successive_halving(
-                trial, drawn, key=train, batches=batches, steps=steps, factor=factor, rungs=rungs, maximize=maximize, **options
+                trial, drawn, key=train, batches=batches, steps=steps, factor=factor, rungs=rungs, maximize=maximize, **own
             )
         )
     scores = np.array([np.nan if result.best is None else result.scores[result.best] for result in brackets])

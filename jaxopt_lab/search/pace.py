@@ -32,6 +32,7 @@ class Start:
       numbers: `[n]`, what each of its members folds into the key.
       block: batches `[length, ...]`.
       devices: where they run.
+      state: the shapes and types of one member's state.
     """
 
     def __init__(self, group: Group, key: Array, numbers: np.ndarray, block: Any, length: int, devices: tuple[Any, ...]):
@@ -39,7 +40,7 @@ class Start:
         self.block, self.length = block, length
         example = jax.tree.map(lambda x: x[0], block)
         traced = [column[0] for column in group.traced]
-        state = jax.eval_shape(group.member.init, key, traced)
+        self.state = state = jax.eval_shape(group.member.init, key, traced)
         self.metrics = jax.eval_shape(group.member.step, state, example, traced)[1]
         self.macs = _macs(group.member, state, example, traced)
         self.state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_lab.core.types import Array, PyTree
+from jaxopt_lab.search import saved
 from jaxopt_lab.search.elsewhere import Elsewhere
 from jaxopt_lab.search.engines import Engine, Programs, programs
 from jaxopt_lab.search.grouping import group
@@ -38,6 +40,7 @@ def population(
     devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
     static: Sequence[str] = (),
     prune: Callable[[int, Mapping[int, float]], Collection[int]] | None = None,
+    save: str | Path | None = None,
 ) -> Result:
     """Trains every configuration for `steps` steps, all that share their shapes by one compiled program.
 
@@ -65,6 +68,10 @@ def population(
       static: paths of numbers that are part of the program even where they could be traced.
       prune: `(step, scores) -> indices`, which is asked after each rung, with the scores by index of those that are trained, which
         to train no further; the others move together, and the best is one of those that took every step.
+      save: a directory of this call's own in which its newest rung is kept. Killed, and made again, the call goes on from there, to
+        the same bits where XLA compiles the same programs again (a CPU does; an accelerator measures which to take), and asks
+        `prune` of no rung that is kept. The functions must be the same, which cannot be checked; all else is. One process at a
+        time.
 
     Returns:
       A `Result`: scores `[n]`, states, curves and the best.
@@ -72,7 +79,7 @@ def population(
     Raises:
       TypeError: the trial or a configuration is of another kind, or the evaluation is no number.
       ValueError: no configuration, a rung that is not before the end, a step that changes its state's shapes, a float that cannot
-        be traced with more than 16 values.
+        be traced with more than 16 values, a directory that another call has begun or whose file is damaged.
 
     >>> import optax
     >>> from jaxopt_lab.search.engines import scanned
@@ -94,17 +101,20 @@ def population(
     if isinstance(engine, Elsewhere):
         if prune is not None:
             raise ValueError(f"{engine} trains elsewhere, where prune cannot be asked; leave it out")
+        if save is not None:
+            raise ValueError(f"{engine} trains elsewhere, where save keeps nothing; leave it out, or run a sweep")
         run = {"key": key, "batches": batches, "steps": steps, "rungs": rungs, "keep": keep, "maximize": maximize, **options}
         return engine.population(trial, configs, run)
-    crew = Crew(trial, configs, key, batches, steps, **options)
+    decided = {"function": "population", "rungs": [*map(int, marks[:-1])], "prune": prune is not None}
+    crew = Crew(trial, configs, key, batches, steps, save=save, decided=decided, **options)
     record = Record(len(crew.configs))
     turns, order = crew.turns(), []
-    for turn in turns:
-        members = Members(crew, record, turn)
+    for number, turn in enumerate(turns):
+        members = Members(crew, record, turn, number)
         for mark in marks:
             members.advance(mark)
             members.evaluate()
-            if prune is not None and mark != steps:
+            if prune is not None and mark != steps and not members.known:
                 scores = record.scores(mark)
                 dropped = prune(mark, {index: float(scores[index]) for index in members.alive})
                 members.select({index: index for index in members.alive if index not in dropped})
@@ -134,6 +144,7 @@ class Crew:
       engines: that of each group; `names` says which, and of how many.
       length: how many batches a block holds.
       memory: bytes on each device.
+      directory: where the newest rung is kept, if anywhere.
     """
 
     def __init__(
@@ -149,7 +160,10 @@ class Crew:
         memory: int | None = None,
         devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
         static: Sequence[str] = (),
+        save: str | Path | None = None,
+        decided: Mapping[str, Any] | None = None,
     ):
+        # `decided` is what of the call besides decides what it comes to, by name.
         check_trial(trial)
         check_typed_key(key)
         if isinstance(engine, Elsewhere):
@@ -160,6 +174,7 @@ class Crew:
             raise TypeError(f"batches must be a function batches(step) -> batch; got {type(batches).__name__}")
         self.configs, self._batches = list(configs), batches
         devices = tuple(devices) if devices else (jnp.zeros(()).device,)
+        asked = {**(decided or {}), "steps": int(steps), "engine": engine, "memory": memory, "devices": len(devices)}
         self.memory = memory or bytes_of_memory(devices[0])
         first = batches(0)
         self.length = max(min(_BLOCK, _BLOCK_BYTES // max(_nbytes(first), 1), steps), 1)
@@ -170,7 +185,17 @@ class Crew:
         self.starts = [
             Start(each, key, own, block, self.length, devices) for each in group(trial, configs, key, first, static=static)
         ]
-        self.engines = [chosen(start, engine, steps, self.memory) for start in self.starts]
+
+        def choose() -> list[Engine]:
+            return [chosen(start, engine, steps, self.memory) for start in self.starts]
+
+        self.directory = None
+        if save is None:
+            self.engines = choose()
+        else:
+            call = saved.fingerprint(asked, self.starts, self.configs, key, own.tolist(), first)
+            self.directory = saved.opened(save, call, self.memory, choose)
+            self.engines, self.memory = self.directory.engines, self.directory.memory
         self.names = [f"{len(s.group.indices)} {e}" for s, e in zip(self.starts, self.engines, strict=True)]
 
     def everyone(self) -> list[tuple[int, np.ndarray]]:
@@ -229,6 +254,19 @@ class Record:
         for name, value in metrics.items():
             columns.setdefault(name, np.full((self._count, *value.shape[1:]), np.nan))[indices] = value
 
+    def rows(self, indices: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """What is known of some members, by step; `write` takes it."""
+        chosen = np.asarray(indices)
+        return {
+            at: {
+                "seen": seen[chosen],
+                "scores": self._scores[at][chosen],
+                "metrics": {name: column[chosen] for name, column in self._metrics[at].items()},
+            }
+            for at, seen in self._seen.items()
+            if seen[chosen].any()
+        }
+
     def scores(self, at: int | None = None) -> np.ndarray:
         """`[n]`, the scores after a step, NaN of those that it did not see; of each member its last, if none is named."""
         if at is not None:
@@ -278,25 +316,50 @@ class _Part(NamedTuple):
 class Members:
     """Some of a crew in training, all at the same step.
 
+    Where a rung is kept of them they begin there: up to it nothing is trained, evaluated or selected, since all is known.
+
     Attributes:
       at: how many steps were taken.
       alive: which configurations they are, ascending.
+      known: whether what was decided after these steps is kept.
     """
 
-    def __init__(self, crew: Crew, record: Record, turn: Sequence[tuple[int, np.ndarray]]):
-        self.at, self._since = 0, 0
-        self._crew, self._record = crew, record
+    def __init__(self, crew: Crew, record: Record, turn: Sequence[tuple[int, np.ndarray]], which: int = 0):
+        self.at, self._since, self._until = 0, 0, -1
+        self._crew, self._record, self._which, self._unkept = crew, record, which, False
+        self._all = sorted({int(index) for group, rows in turn for index in crew.starts[group].group.indices[rows]})
+        self._seen = {0: self._all}
+        kept = None if crew.directory is None else saved.read(crew.directory, which, self._all, crew.starts)
         self._parts = []
+        if kept is not None:
+            self._until = self._since = kept.at
+            for at, row in kept.rows.items():
+                seen = row["seen"]
+                indices, metrics = np.array(self._all)[seen], {name: column[seen] for name, column in row["metrics"].items()}
+                record.write(at, indices, row["scores"][seen], metrics)
+                self._seen[at] = indices.tolist()
+            self._parts = [_placed(crew.starts[part.number], part) for part in kept.parts]
+            return
         for number, rows in turn:
             start, engine = crew.starts[number], crew.engines[number]
             self._parts.append(_Part(number, start.group.indices[rows], engine, *start.begin(engine, rows)))
 
     @property
+    def known(self) -> bool:
+        return self.at <= self._until
+
+    @property
     def alive(self) -> list[int]:
+        if self.at < self._until:
+            return self._seen[self.at]
         return sorted({int(index) for part in self._parts for index in part.indices})
 
     def advance(self, until: int) -> None:
         """Trains all up to the step `until`."""
+        if until <= self._until:
+            self.at = until
+            return
+        self.keep()
         while self.at < until:
             block, count = self._crew.stack(self.at, min(self._crew.length, until - self.at))
             self._parts = [_advanced(part, block, count) for part in self._parts]
@@ -304,12 +367,22 @@ class Members:
 
     def evaluate(self) -> None:
         """Has the scores of all, and the means of their metrics, recorded."""
+        if self.known:
+            return
         for part in self._parts:
             scores, sums = jax.device_get((part.run.evaluate(part.states, part.traced), part.sums))
             means = {name: value / max(self.at - self._since, 1) for name, value in sums.items()}
             self._record.write(self.at, part.indices, scores, means)
         self._parts = [part._replace(sums=jax.tree.map(jnp.zeros_like, part.sums)) for part in self._parts]
-        self._since = self.at
+        self._since, self._unkept = self.at, True
+
+    def keep(self) -> None:
+        """Keeps the newest rung, and who goes on from it: before they do, since then their states are no more."""
+        if self._crew.directory is not None and self._unkept:
+            parts = [saved.Together(part.number, part.indices, part.engine, part.traced, part.states) for part in self._parts]
+            kept = saved.Kept(self.at, self._record.rows(self._all), parts)
+            saved.write(self._crew.directory, self._which, self._all, kept)
+        self._unkept = False
 
     def select(self, sources: Mapping[int, int], configs: Mapping[int, Any] | None = None) -> None:
         """Goes on with some members alone, each from its own state or from that of another of its group.
@@ -318,6 +391,8 @@ class Members:
           sources: by index, whose state it goes on from.
           configs: by index, those that change; what is part of the program must not.
         """
+        if self.known:
+            return
         groups: dict[int, list[_Part]] = {}
         for part in self._parts:
             groups.setdefault(part.number, []).append(part)
@@ -350,6 +425,7 @@ class Members:
 
     def hand_over(self, kept: set[int] | None, *, away: bool) -> None:
         """Gives the states to the record: those of the kept alone, and off the device where others need the room."""
+        self.keep()
         states = self._record.states
         for part in self._parts:
             for row, index in reversed(list(enumerate(part.indices.tolist()))):
@@ -370,6 +446,13 @@ def ranked(scores: np.ndarray, maximize: bool) -> list[int]:
     """
     finite = np.flatnonzero(np.isfinite(scores))
     return finite[np.argsort(-scores[finite] if maximize else scores[finite], kind="stable")].tolist()
+
+
+def _placed(start: Start, kept: saved.Together) -> _Part:
+    """Members that were kept, on their devices."""
+    run = programs(start.group.member, kept.engine, start.devices)
+    states, traced = jax.device_put((kept.states, kept.traced), run.place)
+    return _Part(kept.number, kept.indices, kept.engine, run, states, start.sums(run, len(kept.indices)), traced)
 
 
 def _advanced(part: _Part, block: Any, count: int) -> _Part:

@@ -95,6 +95,8 @@ def sweep(
     """
     if trials < 0 or together < 1 or not lease > 0:
         raise ValueError(f"trials must not be negative, together at least 1, lease positive; got {trials}, {together} and {lease}")
+    if "save" in options:
+        raise ValueError("a sweep goes on from its study's storage, and its populations have no directories; leave save out")
     if len(study.directions) != 1:
         raise ValueError(f"a population has one score, and the study {len(study.directions)} objectives")
     owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"

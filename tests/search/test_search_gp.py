@@ -292,6 +292,21 @@ def test_outputs_survive_extremes():
     assert np.isfinite(outputs.standardise(values)).all()
     np.testing.assert_allclose(outputs.standardise(1e-200 * np.array([1.0, 3.0])), [-1, 1])
     np.testing.assert_array_equal(outputs.clean(np.array([np.nan, np.nan])), [0, 0])
-    order = outputs.tame(np.array([3.0, -1e6, 1.0, 2.0, -5.0]))
-    assert order.argsort().tolist() == [1, 4, 2, 3, 0]
-    assert order.min() > -10
+    for odd in (np.zeros(12), np.append(np.zeros(11), 5.0), np.append(np.arange(10.0), [1e308, -1e308]), values, np.ones(1)):
+        np.testing.assert_array_equal(np.isfinite(outputs.warp(odd)), True)
+
+
+@pytest.mark.parametrize("worst", [-1e3, -1e9, -1e300])
+def test_warped_outputs_keep_their_order_and_tell_the_good_apart(worst):
+    good = np.random.default_rng(0).random(40)
+    warped = outputs.warp(np.append(good, worst))
+    assert warped.argsort().tolist() == np.append(good, worst).argsort().tolist()
+    np.testing.assert_allclose([warped.mean(), warped.std()], [0, 1], atol=1e-9)
+    # Standardised alone, all but one are 0.16.
+    assert np.ptp(outputs.standardise(np.append(good, worst))[:-1]) < 0.01
+    assert np.ptp(warped[:-1]) > 1.5
+
+
+def test_what_is_normal_is_not_bent():
+    values = np.random.default_rng(1).standard_normal(400)
+    np.testing.assert_allclose(outputs.warp(3 + 2 * values), outputs.standardise(values), atol=0.1)

@@ -1,8 +1,13 @@
 """What a process is fitted to instead of the values: standardised, with what is bad drawn near."""
 
+import warnings
+
 import numpy as np
 
-__all__ = ["clean", "standardise", "tame"]
+__all__ = ["clean", "standardise", "warp"]
+
+_FEWEST = 10  # Values that tell a power.
+_FARTHEST = 1e12  # Between the quartiles; beyond, powers overflow.
 
 
 def clean(values: np.ndarray) -> np.ndarray:
@@ -28,27 +33,34 @@ def standardise(values: np.ndarray) -> np.ndarray:
     return (values - values.mean()) / deviation if deviation > 1e-12 else np.zeros_like(values)
 
 
-def tame(values: np.ndarray) -> np.ndarray:
-    r"""Values to be maximised [n], with those below the median moved onto the lower half of a normal distribution by their rank.
+def warp(values: np.ndarray) -> np.ndarray:
+    r"""Values [n] as near to a normal distribution as a power brings them, with mean 0 and deviation 1; their order stays.
 
-    The better half keeps its values; the worse half keeps its order alone, with the deviation that the better half has about the
-    median, so that a few very bad values neither set the scale nor shorten the length scales. The sampler does not use it: on
-    Ackley-5 it was worse with it (median regret 8.3 for 7.4 after 50 evaluations, 6 seeds).
+    .. math:: \psi_\lambda(z) = \begin{cases} ((z + 1)^\lambda - 1) / \lambda & z \ge 0 \\
+        -((1 - z)^{2 - \lambda} - 1) / (2 - \lambda) & z < 0 \end{cases}
 
-    Source: half-rank warping of Google Vizier (Song et al., "The Vizier Gaussian Process Bandit Algorithm", 2024).
+    of the distances z from the median in units between the quartiles, with :math:`\lambda` of the largest likelihood. What is far
+    off, as a diverged training or the walls of a valley are, else sets the scale, and all that is good looks alike. Fewer than ten
+    values are standardised alone: they do not tell a power. Of 15 functions it made the median regret of 10 seeds smaller on 11
+    after 50 evaluations and on 10 after 100 (`scripts/benchmark_gp.py`).
 
-    >>> tame(np.array([2.0, 1.0, 3.0, -5.0, -1e9])).argsort().tolist()
-    [4, 3, 1, 0, 2]
+    >>> values = np.append(np.arange(10.0), -1e6)
+    >>> standardise(values)[[0, 9, 10]].round(1).tolist(), warp(values)[[0, 9, 10]].round(1).tolist()
+    ([0.3, 0.3, -3.2], [-0.6, 1.6, -2.4])
+
+    Source: Yeo and Johnson, "A new family of power transformations to improve normality or symmetry", 2000; for searches
+    Cowen-Rivers et al., "HEBO: pushing the limits of sample-efficient hyper-parameter optimisation", 2022.
     """
-    import scipy.special
+    import scipy.stats
 
-    values = np.asarray(values, float)
-    median = np.median(values)
-    good = values[values >= median]
-    deviation = np.sqrt(np.mean((good - median) ** 2))
-    if deviation == 0:
-        return values
-    order = np.unique(values, return_inverse=True, return_counts=True)
-    below = np.cumsum(order[2])[order[1]] - order[2][order[1]] / 2
-    ranks = scipy.special.ndtri(np.minimum(below / len(values), 0.5))
-    return np.where(values >= median, values, median + deviation * ranks)
+    plain = standardise(values)
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
+    if len(values) < _FEWEST or not high > low:
+        return plain
+    distances = np.clip(values / (high - low) - middle / (high - low), -_FARTHEST, _FARTHEST)
+    with warnings.catch_warnings():
+        # Where no power helps: then the values stay as they are.
+        warnings.simplefilter("ignore")
+        warped = standardise(scipy.stats.yeojohnson(distances)[0])
+    kept = np.isfinite(warped).all() and len(np.unique(warped)) == len(np.unique(distances))
+    return warped if kept else plain

@@ -65,8 +65,9 @@ def draw(space: Space, unit: np.ndarray) -> np.ndarray:
 def suggest(space: Space, known: Known, rng: np.random.Generator, *, noise: float | None = None) -> np.ndarray:
     """The point of the largest expected gain [d].
 
-    Processes are fitted to the standardised values, the gain's logarithm (improvement, or hypervolume for several objectives, and
-    the probability of feasibility) is scored at 1024 spread points and 128 near the best, and the 12 best are refined together.
+    Processes are fitted to the values as `outputs` scales them, the gain's logarithm (improvement, or hypervolume for several
+    objectives, and the probability of feasibility) is scored at 1024 spread points and 128 near the best, and the 12 best are
+    refined together.
 
     One recipe does not suit all; each has functions on which it never comes away from where it is. So they take turns, by the
     number of points. At odd turns values are taken as exact, else the noise is fitted: Ackley-5 then ends at 2 to 3 and not at 6,
@@ -89,7 +90,9 @@ def suggest(space: Space, known: Known, rng: np.random.Generator, *, noise: floa
     >>> bool(0.3 < found[0] < 0.7)
     True
     """
-    values = np.column_stack([outputs.standardise(y) for y in known.y.T])
+    # Several objectives keep their trade-off, and a known noise its size.
+    scaled = outputs.warp if known.y.shape[1] == 1 and not noise else outputs.standardise
+    values = np.column_stack([scaled(y) for y in known.y.T])
     limits = np.column_stack([_standardised_limit(c) for c in known.constraints.T]) if known.constraints.shape[1] else None
     columns = values if limits is None else np.column_stack([values, limits[:-1]])
     fits = [data(known.x, y, space.categorical) for y in columns.T]
