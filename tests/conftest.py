@@ -16,6 +16,8 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Where in the source an operation stands is written into every program in full: a twelfth of the time.
+jax.config.update("jax_include_full_tracebacks_in_locations", False)
 
 # What XLA compiled once it reads from here, which takes a third of the time. Each process has a directory of its own, and those
 # that tests start have none: JAX does not write these files as a whole, and what was half written when it is read is a warning.
