@@ -88,7 +88,7 @@ def _shapes(whole: PyTree) -> PyTree:
 
     def shaped(leaf: Any) -> Any:
         leaf = leaf.aval() if tree.is_compressed(leaf) else leaf
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.result_type(leaf)) if hasattr(leaf, "dtype") else leaf
 
     return jax.tree.map(shaped, whole, is_leaf=tree.is_compressed)
 
