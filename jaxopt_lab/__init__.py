@@ -17,13 +17,14 @@ The floors, each of which imports only lower ones (a test walks the imports):
     1  compress      compressed leaves, and `lift`: the same function on a compressed tree; calibration, rounding, training
     1  nets          Flax modules with width and depth as fields, and the `Model` pair
     2  surgery       the same function in another shape: slimmed, widened, deepened, folded, merged
-    2  checkpoint    trees on Orbax with a manifest, restored without a target
+    2  checkpoint    trees on Orbax, verified, restored without a target or onto one
     2  data          arrays, data sets, batches as f(seed, step)
-    3  train         state, step, loop, evaluation
-    3  parallel      the same step on many devices
+    3  train         state, step, loop, evaluation, runs that survive what ends them
+    3  parallel      the same step on many devices, and on many hosts
     4  search        spaces, samplers, populations in one program, gradients of hyper-parameters, model selection
     4  report        the table and the picture
     6  cli           the parts of a command line that need no jax
+    6  supervise     the processes of one run, started again when one dies
 
 Subpackages load when they are first touched: `import jaxopt_lab` costs nothing by itself.
 """
@@ -50,6 +51,7 @@ __all__ = [
     "report",
     "schedules",
     "search",
+    "supervise",
     "surgery",
     "tracing",
     "train",
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
         report,
         schedules,
         search,
+        supervise,
         surgery,
         train,
     )

@@ -33,6 +33,7 @@ FLOORS = {
     "export": 4,
     "auto": 5,
     "cli": 6,
+    "supervise": 6,
 }
 
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
@@ -230,6 +231,7 @@ def test_the_check_of_documentation_can_fail():
     [
         ("import jaxopt_lab", {"jax", "numpy", "flax", "optax"}),
         ("import jaxopt_lab.cli", {"jax", "numpy", "flax", "optax", "tyro"}),
+        ("import jaxopt_lab.supervise", {"jax", "numpy", "flax", "optax", "tyro"}),
         ("import jaxopt_lab.data", {"jax", "sklearn", "scipy"}),
         (
             "import jaxopt_lab as lab; lab.prune.sparsify",

@@ -98,6 +98,19 @@ class Batches:
         indices = self._indices(self._offset(step), self.size(step))
         return {key: array.take(indices, axis=0) for key, array in self.arrays.items()}
 
+    def rows(self, step: int, which: np.ndarray) -> dict[str, np.ndarray]:
+        """Some rows of the batch of one step, without gathering the others: `batches(step)` at `which`, arrays `[R, ...]`.
+
+        Raises:
+          ValueError: a row is not in `[0, size(step))`.
+        """
+        _check_step(step)
+        which, size = np.asarray(which), self.size(step)
+        if which.size and not 0 <= which.min() <= which.max() < size:
+            raise ValueError(f"rows {which.min()} to {which.max()} were asked for, and the batch of step {step} has {size}")
+        indices = which if self.batch_size is None else self._indices(self._offset(step), size)[which]
+        return {key: array.take(indices, axis=0) for key, array in self.arrays.items()}
+
     def __iter__(self) -> NoReturn:
         raise TypeError(
             "a stream of batches has no end; ask for the batch of a step: "
