@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxopt_lab.core.types import Array, PyTree
 
-__all__ = ["ALLOWED_PACKAGES", "check_arrays", "describe", "differences", "rebuild"]
+__all__ = ["ALLOWED_PACKAGES", "check_arrays", "children", "claimed", "describe", "differences", "part", "rebuild", "unfit"]
 
 ALLOWED_PACKAGES = ("jaxopt_lab", "optax", "flax", "chex", "collections")
 """Packages whose NamedTuples and dataclasses may be restored; other classes are handed over by the caller."""
@@ -27,16 +27,20 @@ _FORMAT = 1
 _FROZEN_DICT, _STATE, _VARIABLES = "flax.core.frozen_dict:FrozenDict", "flax.nnx.statelib:State", "flax.nnx.variablelib"
 
 
-def describe(tree: PyTree, classes: Sequence[type] = ()) -> tuple[dict[str, Any], list[Array | np.ndarray]]:
+def describe(
+    tree: PyTree, classes: Sequence[type] = (), *, abstract: bool = False
+) -> tuple[dict[str, Any], list[Array | np.ndarray]]:
     """Takes a tree apart into its structure, which is plain JSON, and its arrays.
 
     Args:
       tree: nested dicts, lists, tuples, None, NamedTuples, dataclasses (of Flax, Chex, Equinox: compressed leaves among them), NNX
         states; its leaves are arrays, typed keys and Python bools, ints, floats and strings.
       classes: NamedTuple and dataclass types of the caller's own that occur in it.
+      abstract: takes `jax.ShapeDtypeStruct`s for arrays as well, and computes nothing: a target to restore onto.
 
     Returns:
-      The structure, and the arrays in the order of its `"arrays"`; typed keys come as their key data.
+      The structure, and the arrays in the order of its `"arrays"`; typed keys come as their key data, or where the tree is abstract
+      as they are.
 
     Raises:
       TypeError: a class is not allowed, or a leaf or static field is of a kind that cannot be stored; the message names its path.
@@ -52,14 +56,15 @@ def describe(tree: PyTree, classes: Sequence[type] = ()) -> tuple[dict[str, Any]
 
     def leaf(x: Any, path: str) -> dict[str, Any]:
         record: dict[str, Any] = {"path": path}
-        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        original = x
+        if not isinstance(x, np.ndarray) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             record["key"] = _key_implementation(x, path)
-            x = jax.random.key_data(x)
+            x = jax.eval_shape(jax.random.key_data, x) if abstract else jax.random.key_data(x)
         if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
             raise TypeError(f"{path} has dtype {x.dtype}, which JAX narrows unless jax_enable_x64 is set; convert it first")
         if x.dtype.kind not in "biufcV" or x.dtype.names:
             raise TypeError(f"{path} has dtype {x.dtype}, which cannot be stored")
-        arrays.append(x)
+        arrays.append(original if abstract else x)
         records.append({**record, "shape": list(x.shape), "dtype": str(x.dtype)})
         return {"array": len(arrays) - 1}
 
@@ -71,7 +76,7 @@ def describe(tree: PyTree, classes: Sequence[type] = ()) -> tuple[dict[str, Any]
             return {"value": _scalar(x.item() if isinstance(x, np.generic) else x, path)}
         if isinstance(x, np.generic):
             x = np.asarray(x)
-        if isinstance(x, (jax.Array, np.ndarray)):
+        if isinstance(x, (jax.Array, np.ndarray)) or (abstract and isinstance(x, jax.ShapeDtypeStruct)):
             return leaf(x, path)
         kind = type(x)
         if kind in (list, tuple):
@@ -185,8 +190,110 @@ def check_arrays(structure: dict[str, Any], arrays: Sequence[Any], source: str =
     """
     wrong = differences(structure, [None if a is None else (tuple(a.shape), str(a.dtype)) for a in arrays])
     if wrong:
-        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"{source} does not fit its manifest: {'; '.join(wrong[:5])}{more}")
+        raise ValueError(unfit(wrong, source))
+
+
+def unfit(wrong: Sequence[str], source: str) -> str:
+    """What to say of arrays that differ from their manifest, in one line.
+
+    >>> unfit(["a: missing"], "step 3")
+    'step 3 does not fit its manifest: a: missing'
+    """
+    more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+    return f"{source} does not fit its manifest: {'; '.join(wrong[:5])}{more}"
+
+
+def part(structure: dict[str, Any], path: str) -> dict[str, Any]:
+    """The structure of one branch of a tree, by the path of its root; its `"numbers"` are those of its arrays in the whole.
+
+    Args:
+      structure: what `describe` gave.
+      path: keys, fields and numbers, joined by "/".
+
+    Raises:
+      ValueError: there is no such branch; the message lists those there are at the last place that is.
+
+    >>> structure, _ = describe({"params": {"kernel": jnp.ones(2)}, "opt": (jnp.zeros(3),)})
+    >>> branch = part(structure, "opt")
+    >>> branch["numbers"], branch["arrays"]
+    ([1], [{'path': 'opt/0', 'shape': [3], 'dtype': 'float32'}])
+    >>> part(structure, "params/bias")
+    Traceback (most recent call last):
+      ...
+    ValueError: the checkpoint has no 'params/bias'; in 'params' there are: kernel
+    """
+    node, here, rest = structure["tree"], "", path
+    while rest:
+        below = {str(name): child for name, child in children(node)}
+        # A key may hold a "/" itself; of two that fit the longer is meant.
+        name = max((name for name in below if rest == name or rest.startswith(f"{name}/")), key=len, default=None)
+        if name is None:
+            there = ", ".join(below) or "no branches"
+            raise ValueError(f"the checkpoint has no {path!r}; in {here or 'the tree'!r} there are: {there}")
+        node, here, rest = below[name], _join(here, name), rest[len(name) + 1 :]
+    numbers: list[int] = []
+
+    def renumbered(node: dict[str, Any]) -> dict[str, Any]:
+        match node:
+            case {"array": index}:
+                numbers.append(index)
+                return {"array": len(numbers) - 1}
+            case {"list": below} | {"tuple": below}:
+                return {next(iter(node)): [renumbered(child) for child in below]}
+            case {"dict": pairs} | {"items": pairs}:
+                return {**node, "dict" if "dict" in node else "items": [[key, renumbered(child)] for key, child in pairs]}
+            case {"fields": fields}:
+                return {**node, "fields": {name: renumbered(child) for name, child in fields.items()}}
+            case {"child": child}:
+                return {**node, "child": renumbered(child)}
+            case _:
+                return node
+
+    branch = renumbered(node)
+    return {**structure, "tree": branch, "arrays": [structure["arrays"][i] for i in numbers], "numbers": numbers}
+
+
+def children(node: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """The children of a node of a structure, with their keys, fields or numbers; none of a leaf.
+
+    >>> children(describe({"a": (1, 2)})[0]["tree"])
+    [('a', {'tuple': [{'value': 1}, {'value': 2}]})]
+    """
+    match node:
+        case {"list": below} | {"tuple": below}:
+            return list(enumerate(below))
+        case {"dict": pairs} | {"items": pairs}:
+            return [(_unscalar(key), child) for key, child in pairs]
+        case {"fields": fields}:
+            return list(fields.items())
+        case {"child": child}:
+            return [("", child)]
+        case _:
+            return []
+
+
+def claimed(structure: dict[str, Any]) -> int:
+    """How many bytes the arrays of a manifest say that they have.
+
+    Raises:
+      ValueError: a shape or dtype is none.
+
+    >>> claimed(describe({"a": jnp.ones((2, 3)), "b": jnp.ones(2, jnp.bool_)})[0])
+    26
+    """
+    total = 0
+    for record in structure["arrays"]:
+        shape, name = record["shape"], record["dtype"]
+        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+            raise ValueError(f"{record['path']} has the shape {str(shape)[:80]}")
+        try:
+            dtype = jnp.dtype(name) if isinstance(name, str) else np.dtype(object)
+        except TypeError:
+            dtype = np.dtype(object)
+        if str(dtype) != name or dtype.kind not in "biufcV" or dtype.names:
+            raise ValueError(f"{record['path']} has the dtype {str(name)[:40]!r}, which is none of an array")
+        total += math.prod(shape) * dtype.itemsize
+    return total
 
 
 def _join(path: str, part: Any) -> str:
@@ -266,7 +373,13 @@ def _build(kind: type, values: dict[str, Any]) -> Any:
 
 
 def _key_implementation(key: Array, path: str) -> str:
-    name = jax.random.key_impl(key)
+    if isinstance(key, jax.Array):
+        name = jax.random.key_impl(key)
+    else:
+        # The dtype alone says it, and within a trace there is no more.
+        found: list[Any] = []
+        jax.eval_shape(lambda x: found.append(jax.random.key_impl(x)), key)
+        name = found[0]
     if not isinstance(name, str):
         raise TypeError(f"{path} is a key of an implementation without a name, {key.dtype}; store the key it was made from")
     return name
@@ -275,7 +388,7 @@ def _key_implementation(key: Array, path: str) -> str:
 def _restored(record: dict[str, Any], array: Any) -> Array:
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         raise ValueError(f"{record['path']} has dtype {array.dtype}, which needs jax_enable_x64; it is never narrowed silently")
-    out = jnp.asarray(array)
+    out = array if isinstance(array, jax.Array) else jnp.asarray(array)
     return jax.random.wrap_key_data(out, impl=record["key"]) if "key" in record else out
 
 

@@ -34,9 +34,9 @@ def validate(arrays: Mapping[str, Any], classes: int | None = None) -> dict[str,
     found = {key: np.asarray(value) for key, value in arrays.items()}
     check_lengths(found)
     for key, array in found.items():
-        _check_finite(key, array)
+        check_finite(key, array)
     if classes is not None:
-        _check_labels(found, classes)
+        check_labels(found, classes)
     return found
 
 
@@ -56,7 +56,8 @@ def check_lengths(arrays: Mapping[str, np.ndarray]) -> int:
     return examples
 
 
-def _check_finite(key: str, array: np.ndarray) -> None:
+def check_finite(key: str, array: np.ndarray) -> None:
+    """Raises a ValueError that names the first number that is not finite; errors as in `validate`."""
     if array.dtype.kind in "biu":
         return
     rows = max(1, _CHUNK // max(1, array.size // len(array)))
@@ -73,7 +74,8 @@ def _check_finite(key: str, array: np.ndarray) -> None:
             raise ValueError(f"{key} holds {part[place]} at index {shown}; repair that example or leave it out")
 
 
-def _check_labels(arrays: Mapping[str, np.ndarray], classes: int) -> None:
+def check_labels(arrays: Mapping[str, np.ndarray], classes: int) -> None:
+    """Raises an error that names the first label out of range; errors as in `validate`."""
     if "y" not in arrays:
         raise ValueError(f'{classes} classes, but no labels: the arrays are {", ".join(arrays)}; name the labels "y"')
     labels = arrays["y"]

@@ -11,7 +11,7 @@ from jaxopt_lab.core import tracing
 from jaxopt_lab.core.types import Array
 from jaxopt_lab.search.engines import Engine, Programs, looped, programs, scanned, vmapped
 from jaxopt_lab.search.grouping import Group, Member
-from jaxopt_lab.train.loop import worth_compiling
+from jaxopt_lab.train.stepping import worth_compiling
 
 __all__ = ["Start", "bytes_of_memory", "chosen", "split"]
 

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from jaxopt_lab import compress
-from jaxopt_lab.checkpoint import Checkpoints, load_tree, save_tree
+from jaxopt_lab.checkpoint import Checkpoints, Damaged, load_tree, save_tree
 
 
 def _run(code: str, *arguments: object) -> subprocess.CompletedProcess:
@@ -38,7 +38,7 @@ def test_steps_are_saved_restored_and_listed(tmp_path):
         for step in (2, 30, np.int64(100)):
             checkpoints.save(step, {"a": jnp.full(3, step), "step": int(step)}, metadata={"step": int(step)})
         step, tree = checkpoints.restore_latest()
-        assert (step, tree["step"], checkpoints.metadata(30)) == (100, 100, {"step": 30})
+        assert (step, tree["step"], checkpoints.metadata(30)["step"]) == (100, 100, 30)
         np.testing.assert_array_equal(tree["a"], [100] * 3)
         assert checkpoints.steps() == (30, 100)
         checkpoints.verify(30)
@@ -51,6 +51,8 @@ def test_steps_are_saved_restored_and_listed(tmp_path):
                 checkpoints.save(bad, {"a": 1})
         with pytest.raises(ValueError, match=r"metadata of checkpoint 101 is not JSON"):
             checkpoints.save(101, {"a": 1}, metadata={"loss": float("nan")})
+        with pytest.raises(ValueError, match=r"metadata of checkpoint 101 is not JSON: a dict has two keys that JSON writes alike"):
+            checkpoints.save(101, {"a": 1}, metadata={"loss": {1: 0.5, "1": 0.25}})
         with pytest.raises(TypeError, match=r"a is a builtins:set"):
             checkpoints.save(101, {"a": {1}})
     leftover = tmp_path / "run" / "40.orbax-checkpoint-tmp"
@@ -98,13 +100,9 @@ def test_what_is_broken_is_named(tmp_path):
         for file in (tmp_path / "1" / "tree").rglob("d/*"):
             file.unlink()
         next((tmp_path / "2" / "manifest").iterdir()).write_text("{")
-        with pytest.raises(
-            ValueError, match=r"checkpoint 0 in .* manifest: a/kernel: expected float32\(2000,\), found float32\(4,\)"
-        ):
-            checkpoints.verify(0)
         for step in (0, 1, 2):
             for call in (checkpoints.verify, checkpoints.restore):
-                with pytest.raises(ValueError, match=rf"checkpoint {step} in ") as caught:
+                with pytest.raises(Damaged, match=rf"checkpoint {step} in .* is damaged: (tree|manifest)/") as caught:
                     call(step)
                 assert "\n" not in str(caught.value)
         checkpoints.verify(3)
@@ -164,10 +162,17 @@ def test_an_error_in_the_background_surfaces_at_wait(tmp_path):
         checkpoints.save(2, {"a": jnp.zeros(3)})
         checkpoints.close()
         print(checkpoints.steps())
+        # A program that ends without waiting loses nothing all the same, and what it cannot write it says.
+        sound, too_large = Checkpoints(sys.argv[1]), Checkpoints(sys.argv[1] + "/other")
+        sound.save(3, {"a": jnp.zeros(3)})
+        too_large.save(4, {"a": np.random.default_rng(0).random(100_000).astype(np.float32)})
     """
     done = _run(code, tmp_path)
-    assert "caught" in done.stdout, done.stdout + done.stderr
+    assert "caught SaveFailed" in done.stdout, done.stdout + done.stderr
     assert "(1,) 1\n(1, 2)\n" in done.stdout, done.stdout + done.stderr
+    assert f"\ncheckpoint 4 could not be saved in {tmp_path}/other, and is none: " in done.stderr, done.stderr
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore_latest()[0] == 3
 
 
 def test_a_fresh_process_restores_leaves_and_states_and_runs_the_model(tmp_path):

@@ -19,6 +19,27 @@ def test_rows_of_the_whole_draw(dtype):
         np.testing.assert_array_equal(part(first), whole[first : first + 4])
 
 
+@pytest.mark.parametrize(("shape", "dtype"), [((5, 3), jnp.float32), ((), jnp.float32), ((7,), jnp.uint8)])
+def test_every_third_row(shape, dtype):
+    draw = jax.random.normal if dtype == jnp.float32 else jax.random.bits
+    whole = draw(KEY, (12, *shape), dtype)
+    part = jax.jit(lambda first: draw(rows_key(KEY, first, 4, stride=3), (4, *shape), dtype))
+    for first in (0, 1, 2):
+        np.testing.assert_array_equal(part(first), whole[first::3])
+    keys = jax.random.split(rows_key(jax.random.split(KEY)[1], 1, 4, stride=3), 4)
+    expected = jax.random.split(jax.random.split(KEY)[1], 12)[1::3]
+    np.testing.assert_array_equal(jax.random.key_data(keys)[:, :2], jax.random.key_data(expected))
+
+
+def test_rows_beyond_the_range_of_a_word():
+    # Row 5 + 2^30 of 8 numbers begins beyond 2^32, where the counter takes its second word.
+    draw = jax.jit(lambda key, first, count: jax.random.bits(rows_key(key, first, count, 2**30), (count, 8)), static_argnums=2)
+    rows = draw(KEY, 5, 2)
+    np.testing.assert_array_equal(rows, np.concatenate([draw(KEY, first, 1) for first in (5, 5 + 2**30)]))
+    # Without that word row 5 + 2^30 would be row 5 again, since 2^30 rows of 8 are twice 2^32.
+    assert (rows[0] != rows[1]).all()
+
+
 def test_other_shapes_are_drawn_alike():
     for shape in ((), (3, 7), (5, 4)):
         np.testing.assert_array_equal(jax.random.uniform(rows_key(KEY, 8, 4), shape), jax.random.uniform(KEY, shape))
@@ -55,6 +76,11 @@ def test_other_generators_are_refused():
         rows_key(jax.random.key(0, impl="rbg"), 0, 4)
     with pytest.raises(TypeError, match="threefry"):
         rows_key(jax.random.PRNGKey(0), 0, 4)
+
+
+def test_a_stride_is_positive():
+    with pytest.raises(ValueError, match=r"^stride must be at least 1; got 0$"):
+        rows_key(KEY, 0, 4, stride=0)
 
 
 def test_an_unpartitionable_generator_is_refused():

@@ -1,6 +1,7 @@
 """The loop: what it computes whichever way it goes, and what it leaves behind."""
 
 import json
+import re
 import sys
 import time
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxopt_lab import train
-from jaxopt_lab.train import loop as loop_module
+from jaxopt_lab.train import stepping
 
 
 class Counted:
@@ -81,7 +82,7 @@ def test_periods_do_not_keep_it_from_measuring_or_add_steps(every):
 def clock(monkeypatch, dispatch, step):
     """Has the loop find that a call costs `dispatch` seconds, and each step in it `step` more."""
     calls = []
-    dispatched = loop_module._Loop._dispatched
+    dispatched = stepping.Loop._dispatched
 
     def counting(self, count, out):
         calls.append(count or 1)
@@ -92,8 +93,8 @@ def clock(monkeypatch, dispatch, step):
         work()
         return sum(dispatch + step * count for count in calls)
 
-    monkeypatch.setattr(loop_module._Loop, "_dispatched", counting)
-    monkeypatch.setattr(loop_module._Loop, "_timed", timed)
+    monkeypatch.setattr(stepping.Loop, "_dispatched", counting)
+    monkeypatch.setattr(stepping.Loop, "_timed", timed)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_a_loop_fits_between_evaluations(monkeypatch):
 
 
 def test_time_is_taken_with_the_work_done():
-    slow = loop_module._Loop.__new__(loop_module._Loop)
+    slow = stepping.Loop.__new__(stepping.Loop)
     slow.state = jnp.zeros(())
     assert slow._timed(lambda: time.sleep(0.02)) > 0.015
 
@@ -301,7 +302,12 @@ def test_batches_that_are_no_function_are_refused(batches):
 
 def test_plain_lines_where_there_is_no_terminal(capsys):
     train.fit(STEP, start(), Stream(), steps=4, log_every=2, evaluate=lambda s: {"score": 0.25})
-    assert capsys.readouterr().err.splitlines() == ["step 2  loss 1", "step 4  loss 3", "step 4  score 0.25"]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("  (")[0] for line in lines] == ["step 2  loss 1", "step 4  loss 3", "step 4  score 0.25"]
+    assert all(
+        re.fullmatch(r"\(\S+ steps/s, \d:\d\d:\d\d left, [\d,]+ MiB\)", line.partition("  ")[2].partition("  ")[2])
+        for line in lines
+    )
 
 
 def test_a_bar_on_a_terminal(monkeypatch, capsys):

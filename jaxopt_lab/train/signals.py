@@ -1,0 +1,82 @@
+"""What a run does when it is asked to end: it saves at the next step and says so by its exit code."""
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+import jax
+
+__all__ = ["SAVED", "Stopped", "Stopping"]
+
+SAVED = 75
+"""The exit code of a run that saved because it was asked to end: EX_TEMPFAIL of sysexits, "try again". It can be resumed."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_ONE_S = 1.0
+"""Within so many seconds two signals are one: a scheduler may tell a process of its end by more than one way."""
+
+
+class Stopped(SystemExit):
+    """Ends the program with the code 75 (`SAVED`) after a signal, once the run is saved.
+
+    Attributes:
+      step: the step that was saved.
+
+    >>> Stopped(17, "runs/a").code
+    75
+    """
+
+    def __init__(self, step: int, directory: str | os.PathLike):
+        super().__init__(f"saved step {step} in {directory}")
+        self.code, self.step = SAVED, step
+
+
+class Stopping:
+    """Whether this run was asked to end, by SIGTERM or SIGINT, while the context lasts; a second signal ends it at once.
+
+    Of several processes all must end at the same step, which JAX's own preemption service agrees on: there SIGTERM counts, to any
+    of them, and no handler of this class is in the way. Outside of the main thread signals cannot be heard, and nothing is.
+
+    Args:
+      listens: False for a run that keeps nothing, which signals end as they end any program.
+
+    >>> with Stopping(listens=False) as stopping:
+    ...     stopping(10)
+    False
+    """
+
+    def __init__(self, *, listens: bool):
+        self._many = listens and jax.process_count() > 1
+        self._listens = listens and not self._many and threading.current_thread() is threading.main_thread()
+        self._heard, self._since, self._before = False, 0.0, {}
+
+    def __call__(self, step: int) -> bool:
+        """Whether the run is to end after `step`; on several processes every one must ask at every step."""
+        if self._many:
+            from jax.experimental import multihost_utils
+
+            return self._heard or bool(multihost_utils.reached_preemption_sync_point(step))
+        return self._heard
+
+    def __enter__(self) -> "Stopping":
+        if self._listens:
+            self._before = {number: signal.signal(number, self._hear) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._heard:
+            if now - self._since > _ONE_S:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return
+        self._heard, self._since = True, now
+        # Not by `print`: a handler may run in the middle of one.
+        os.write(2, f"{signal.Signals(number).name}: saving at the next step; a second signal ends the run at once\n".encode())
