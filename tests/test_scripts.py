@@ -91,6 +91,56 @@ def test_population(benchmark):
     assert rows[2]["cost"] <= 1
 
 
+def test_pmap(benchmark, tmp_path, monkeypatch):
+    script = load("benchmark_pmap")
+    monkeypatch.setitem(script.MODELS, "mlp", (script.nets.MLP(features=(16,)), (8,), 10))
+    short = ["--models", "mlp", "--batch", "8", "--steps", "1", "--devices", "1", "2", "--precision", "bfloat16"]
+    rows = benchmark(script, *short, "--ways", "pmap", "shard", "--out", str(tmp_path))
+    assert [(row["way"], row["devices"], row["global_batch"]) for row in rows] == [
+        ("pmap", 1, 8), ("pmap", 2, 16), ("shard", 1, 8), ("shard", 2, 16)
+    ]  # fmt: skip
+    parameters = 8 * 16 + 16 + 16 * 10 + 10
+    for row in rows:
+        # Devices that one CPU passes for show no scaling, whatever their figures.
+        assert row["simulated"]
+        assert row["scaling_efficiency"] is None
+        if row["devices"] == 2:
+            assert 4 * parameters <= row["collective_bytes"]["all-reduce"] <= 4 * parameters + 64
+    assert [json.loads(line) for line in (tmp_path / "pmap.jsonl").read_text().splitlines()] == rows
+    assert (tmp_path / "pmap.md").read_text().count("| mlp |") == 4
+    assert (tmp_path / "pmap.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(script, "simulated", lambda: False)
+    one, two = ({**row, "items_per_s_per_device": rate} for row, rate in zip(rows[:2], (100.0, 90.0), strict=True))
+    assert script.efficiency(two, [one]) == 0.9
+    assert script.efficiency(one, [one]) is None
+    assert script.peak("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12
+    assert script.peak("TPU v5 lite", "bfloat16") == 197e12
+    assert script.peak("cpu", "float32") is None
+
+
+def test_the_step(benchmark):
+    rows = benchmark(load("benchmark_step"), "--nets", "lenet", "--cases", "guard", "--steps", "1", "--repeats", "1")
+    assert [row["name"] for row in rows] == ["lenet_28x28_batch_64_guard"]
+    assert rows[0]["time_over_plain"] > 0
+
+
+def test_checkpoints(benchmark, tmp_path):
+    rows = benchmark(
+        load("benchmark_checkpoint"),
+        "--cases",
+        "blocking",
+        "digests",
+        "--saves",
+        "2",
+        "--repeats",
+        "1",
+        "--directory",
+        str(tmp_path),
+    )
+    assert {row["name"] for row in rows} >= {"blocking_lenet"}
+    assert not list(tmp_path.iterdir())
+
+
 def test_gp(benchmark):
     rows = benchmark(load("benchmark_gp"), "time", "--methods", "ours", "tpe", "--observations", "5", "--repeats", "1")
     assert {row["method"] for row in rows} == {"ours", "tpe"}

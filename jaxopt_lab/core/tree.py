@@ -26,6 +26,7 @@ __all__ = [
     "is_compressed",
     "latent",
     "map_selected",
+    "matches",
     "nbytes",
     "paths",
     "replace_latent",
@@ -91,6 +92,15 @@ def paths(tree: PyTree) -> list[str]:
     ['Dense_0/bias', 'Dense_0/kernel']
     """
     return flatten(tree)[0]
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a glob, as `select` takes it, matches one path.
+
+    >>> matches("**/kernel", "Dense_0/kernel"), matches("*", "Dense_0/kernel")
+    (True, False)
+    """
+    return _glob(pattern).match(path) is not None
 
 
 @lru_cache(maxsize=1024)

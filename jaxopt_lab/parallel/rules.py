@@ -147,7 +147,7 @@ class _Normal:
     def __call__(self, path: str, leaf: Any) -> PartitionSpec:
         for pattern, rule in self._rules:
             # A parameter that is the whole tree has the empty path, which only `**` matches.
-            if pattern is not None and not tree._glob(pattern).match(path):
+            if pattern is not None and not tree.matches(pattern, path):
                 continue
             spec = rule if isinstance(rule, PartitionSpec) else rule(path, leaf)
             if spec is None and pattern is None:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Kept", "Run", "opened"]
 
+_FILES = ("config.json", "environment.json", "metrics.jsonl", "status.json", "report.md")
 _VERSIONS = ("jaxopt_lab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy")
 
 
@@ -128,6 +129,9 @@ class Kept:
         if self._first:
             _check_directory(path)
             opening.enter_context(Lock(path / "lock"))
+            for half in (file for name in _FILES for file in path.glob(f".{name}.*")):
+                # What a start was writing when it was killed.
+                half.unlink(missing_ok=True)
             self._check_config(config)
         self._checkpoints = opening.enter_context(Checkpoints(path / "checkpoints", keep=run.keep, best=best, classes=run.classes))
         if not run.resume and self._checkpoints.latest() is not None:
