@@ -124,6 +124,7 @@ def test_the_step(benchmark):
     assert rows[0]["time_over_plain"] > 0
 
 
+@pytest.mark.slow
 def test_checkpoints(benchmark, tmp_path):
     rows = benchmark(
         load("benchmark_checkpoint"),
