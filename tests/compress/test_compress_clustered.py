@@ -10,7 +10,6 @@ import optax
 import pytest
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from sklearn.cluster import KMeans
 
 from jaxopt_lab import compress
 from jaxopt_lab.compress.arrays import kmeans, packing
@@ -39,6 +38,9 @@ def _leaf(*shape: int, k: int = 16, axis: int = -2, zero: bool = False, dtype=jn
 
 @pytest.mark.parametrize(("k", "weighted"), [(16, False), (5, True)])
 def test_k_means_equals_that_of_scikit_learn_from_the_same_start(k, weighted):
+    # Imported here, for its two seconds: every worker imports this file.
+    from sklearn.cluster import KMeans
+
     # No cluster of the linear start is empty on these: one that is, scikit-learn moves to the farthest weight, and ours to the
     # widest cluster.
     w, mass = jnp.tanh(_normal(40, 40)), jax.random.uniform(jax.random.key(1), (40, 40)) if weighted else None

@@ -15,10 +15,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxopt_lab import prune, schedules
 
-KEY = jax.random.key(0)
+KEY, RNG = jax.random.key(0), np.random.default_rng(0)
 PARAMS = {
-    "a": {"kernel": jax.random.normal(KEY, (6, 5)), "bias": jnp.full(5, 0.1)},
-    "b": {"kernel": jax.random.normal(jax.random.fold_in(KEY, 1), (5, 4)), "bias": jnp.full(4, 0.1)},
+    "a": {"kernel": jnp.asarray(RNG.normal(size=(6, 5))), "bias": jnp.asarray(np.full(5, 0.1))},
+    "b": {"kernel": jnp.asarray(RNG.normal(size=(5, 4))), "bias": jnp.asarray(np.full(4, 0.1))},
 }
 N = 50
 CUBIC = schedules.cubic(0.0, 0.9, 2, 9)

@@ -11,7 +11,8 @@ import pytest
 from jaxopt_lab import regularize
 from jaxopt_lab.regularize import prox
 
-X = jnp.asarray(np.random.default_rng(1).normal(size=(4, 3)), jnp.float32)
+_X = np.random.default_rng(1).normal(size=(4, 3)).astype(np.float32)
+X = jnp.asarray(_X)
 
 
 class Row(NamedTuple):
@@ -21,15 +22,15 @@ class Row(NamedTuple):
 
 
 ROWS = {
-    "soft_threshold": Row(prox.soft_threshold, regularize.l1, int((jnp.abs(X) <= 0.5).sum())),
+    "soft_threshold": Row(prox.soft_threshold, regularize.l1, int((np.abs(_X) <= 0.5).sum())),
     "hard_threshold": Row(
-        lambda x, t: prox.hard_threshold(x, jnp.sqrt(2 * t)), lambda z: (z != 0).sum(), int((jnp.abs(X) <= 1).sum())
+        lambda x, t: prox.hard_threshold(x, jnp.sqrt(2 * t)), lambda z: (z != 0).sum(), int((np.abs(_X) <= 1).sum())
     ),
     "shrink": Row(prox.shrink, regularize.l2),
     "elastic_net": Row(
         lambda x, t: prox.elastic_net(x, t, 0.8, 0.4),
         partial(regularize.elastic_net, l1=0.8, l2=0.4),
-        int((jnp.abs(X) <= 0.4).sum()),
+        int((np.abs(_X) <= 0.4).sum()),
     ),
     "group_soft_threshold": Row(prox.group_soft_threshold, lambda z: jnp.linalg.norm(z, axis=0).sum()),
     "group_soft_threshold rows": Row(partial(prox.group_soft_threshold, axis=0), lambda z: jnp.linalg.norm(z, axis=1).sum()),

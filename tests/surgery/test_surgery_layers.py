@@ -16,10 +16,10 @@ from jaxopt_lab.core import tree
 from jaxopt_lab.surgery.deepen import deepen
 from jaxopt_lab.surgery.layers import drop_layers, stack_layers
 
-TOKENS = jnp.arange(10).reshape(2, 5) % 7
-IMAGES = jnp.sin(jnp.arange(2.0 * 8 * 8 * 3)).reshape(2, 8, 8, 3)
-ROWS = jnp.sin(jnp.arange(12.0)).reshape(3, 4)
-STEPS = jnp.cos(jnp.arange(3.0 * 4 * 4)).reshape(3, 4, 4) / 2
+TOKENS = jnp.asarray(np.arange(10).reshape(2, 5) % 7)
+IMAGES = jnp.asarray(np.sin(np.arange(2.0 * 8 * 8 * 3)).reshape(2, 8, 8, 3))
+ROWS = jnp.asarray(np.sin(np.arange(12.0)).reshape(3, 4))
+STEPS = jnp.asarray(np.cos(np.arange(3.0 * 4 * 4)).reshape(3, 4, 4) / 2)
 
 
 def drawn(model, *example):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import subprocess
 import sys
 
@@ -21,7 +22,8 @@ KEY = jax.random.key(0)
 
 
 def _normal(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
+    # NumPy compiles no program for each shape.
+    return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape))
 
 
 class Net(nn.Module):
@@ -169,17 +171,19 @@ ZOO = {
 
 
 def _started(net, x):
-    """Variables in which no statistic, scale or bias is the 0 or 1 that it starts with, and no two are equal."""
+    """Variables in which no statistic, scale or bias is the 0 or 1 that it starts with, and no two are equal.
 
-    def init(key, x):
-        leaves, treedef = jax.tree.flatten(net.init(key, x))
-        noise = jnp.split(
-            jax.random.normal(key, (sum(leaf.size for leaf in leaves),)), np.cumsum([leaf.size for leaf in leaves])[:-1]
-        )
-        moved = [leaf + 0.1 * own.reshape(leaf.shape) for leaf, own in zip(leaves, noise, strict=True)]
-        return jax.tree.unflatten(treedef, moved)
+    They are drawn by NumPy, with about the variance of an initialiser: to compile the initialisers took half of the time.
+    """
+    rng = np.random.default_rng(0)
 
-    return jax.jit(init)(KEY, x)
+    def drawn(path, leaf):
+        noise = rng.normal(size=leaf.shape)
+        if len(leaf.shape) < 2:
+            return jnp.asarray((path[-1].key in ("scale", "var")) + 0.1 * noise, leaf.dtype)
+        return jnp.asarray(noise / math.prod(leaf.shape[:-1]) ** 0.5, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(drawn, jax.eval_shape(net.init, KEY, x))
 
 
 @functools.cache

@@ -79,7 +79,7 @@ def log_gain(mean: Array, variance: Array, lower: Array, upper: Array | None = N
 
     Source: the boxes after Yang, Emmerich, Deutz and Back 2019; the logarithm after Ament et al. 2023.
 
-    >>> one = log_gain(jnp.zeros(1), jnp.ones(1), jnp.zeros((1, 1)))
+    >>> one = jax.jit(log_gain)(jnp.zeros(1), jnp.ones(1), jnp.zeros((1, 1)))
     >>> round(float(one), 4)
     -0.9189
     """
