@@ -49,6 +49,9 @@ _TICK_S = 0.05
 # Whose peer has crashed can save nothing any more together with it.
 _BEREFT_S = 10.0
 _LONGEST_DELAY_S = 60.0
+# Nobody trains and saves in less, so often.
+_PREEMPTED_S, _QUICK = 5.0, 20
+_LAST_S = 60.0
 
 # Becomes the program, bound to live no longer than this command. Not a function between fork and exec, which threads would make
 # unsafe. Python ignores SIGPIPE, and a program would inherit that.
@@ -74,8 +77,9 @@ exit codes:
   other   given up after --restarts: the code of the first process that failed
 
 A process that ends with 75 unasked was preempted and has saved: the others may save likewise within --grace, all are started again,
-and it does not count as a restart. Any other code but 0 and 2, and any signal, counts, and leaves the others 10 seconds. A second
-signal kills the processes at once. Restarts wait for --delay seconds, and twice as long each time in a row, up to 60.
+and it does not count as a restart, but for twenty in a row within 5 seconds each. Any other code but 0 and 2, and any signal,
+counts, and leaves the others 10 seconds. A second signal kills the processes at once. Restarts wait for --delay seconds, and twice
+as long each time in a row, up to 60.
 """
 
 
@@ -154,7 +158,7 @@ def supervise(
 
 def _rounds(started: "Callable[[], _Gang]", heard: list[int], restarts: int, grace: float, window: float, delay: float) -> int:
     """Starts all, waits, and starts all again, until there is a code to end with."""
-    failures = 0
+    failures = quick = 0
     while True:
         begun = time.monotonic()
         codes = _round(started(), heard, grace)
@@ -170,6 +174,11 @@ def _rounds(started: "Callable[[], _Gang]", heard: list[int], restarts: int, gra
             return _USAGE
         preempted = _preempted(codes)
         failures = (0 if ran >= window else failures) + (not preempted)
+        # Who says so at once, again and again, was not preempted.
+        quick = quick + 1 if preempted and ran < _PREEMPTED_S else 0
+        if quick > _QUICK:
+            _say(f"{told} after {ran:.0f} s, {quick} times in a row; given up")
+            return _SAVED
         if failures > restarts:
             _say(f"{told} after {ran:.0f} s; given up after {restarts} restarts with less than {window:g} s between failures")
             code = next(code for code in bad.values() if code != _SAVED)
@@ -245,7 +254,10 @@ class _Gang:
 
     def kill(self) -> None:
         self._signal(signal.SIGKILL)
-        self.wait(lambda: False)
+        self.wait(lambda: False, _LAST_S)
+        for popen in self._alive.values():
+            _say(f"process {popen.pid} does not end even by SIGKILL: the system holds it, as where a disk does not answer")
+        self._alive.clear()
 
     def _collect(self) -> bool:
         """Takes note of processes that have ended, and clears what they left in their groups; whether all have ended."""

@@ -159,7 +159,7 @@ def hardware() -> dict[str, Any]:
 
 def simulated() -> bool:
     """Whether several devices are one CPU."""
-    return jax.devices()[0].platform == "cpu" and jax.local_device_count() > 1
+    return jax.devices()[0].platform == "cpu" and jax.device_count() > 1
 
 
 def efficiency(row: dict[str, Any], rows: Iterable[dict[str, Any]]) -> float | None:

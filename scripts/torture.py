@@ -26,13 +26,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-STEPS, DIES_AT = 40, 17
+STEPS, DIES_AT, LIMIT_S = 40, 17, 300.0
 KINDS, WAYS = ("dense", "sparsify", "distill", "fake"), ("pmap", "shard")
 
 
@@ -131,14 +132,19 @@ def start(directory: Path, *, kind: str = "dense", way: str = "pmap", devices: i
     words = {"out": directory, "kind": kind, "way": way, "devices": devices, "steps": steps, **options}
     command = [sys.executable, __file__, "child"]
     command += [word for name, value in words.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}
     )
+    # One that hangs must not hang this program, wherever it waits for it.
+    process.watch = threading.Timer(LIMIT_S, process.kill)
+    process.watch.start()
+    return process
 
 
-def said(process: Any, limit: float = 300) -> list[dict[str, Any]]:
+def said(process: Any) -> list[dict[str, Any]]:
     """What a child told until it ended; a torn last line is none. What it said of errors stays at the process, as `errors`."""
-    out, process.errors = process.communicate(timeout=limit)
+    out, process.errors = process.communicate()
+    process.watch.cancel()
     lines = []
     for line in out.splitlines():
         try:

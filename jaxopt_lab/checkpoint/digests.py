@@ -1,6 +1,7 @@
 """SHA-256 of every file of a checkpoint, and what is said of one that is no longer what was written."""
 
 import concurrent.futures
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,9 @@ NAME = "digests.json"
 """The file in a step's directory that makes it a verified one."""
 
 _FORMAT = 1
+
+# What an error of the system says of the file itself; any other may be gone when it is tried again.
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR)
 
 
 class Damaged(ValueError):  # noqa: N818 (what it is, not what was done)
@@ -65,7 +69,7 @@ def read(directory: Path, source: str) -> dict[str, Any]:
 
     Raises:
       Damaged: there are none that can be trusted.
-      PermissionError: they may not be read.
+      OSError: they cannot be read now, which says nothing of them: no permission, too many open files, a disk that does not answer.
       ValueError: a later version wrote them.
 
     >>> read(Path("/nowhere"), "step 3")
@@ -80,9 +84,11 @@ def read(directory: Path, source: str) -> dict[str, Any]:
         body = {name: found[name] for name in ("format", "files", "metrics")}
         if set(found) != {*body, "sha256"} or hashlib.sha256(_dump(body)).hexdigest() != found["sha256"]:
             raise ValueError(f"{NAME} is not what its own SHA-256 says")
-    except PermissionError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except OSError as error:
+        if error.errno not in _GONE:
+            raise
+        raise Damaged(f"{source} is damaged: it has no {NAME} that can be read: {error}") from error
+    except (ValueError, LookupError, TypeError) as error:
         raise Damaged(f"{source} is damaged: it has no {NAME} that can be read: {error}") from error
     if body["format"] != _FORMAT:
         raise ValueError(f"{source} cannot be checked: its {NAME} has format {body['format']}; this version reads {_FORMAT}")
@@ -101,7 +107,7 @@ def check(directory: Path, source: str) -> int:
 
     Raises:
       Damaged: a file is missing, of another size, flipped, not listed, or neither file nor folder.
-      PermissionError: a file may not be read, which says nothing of what is in it.
+      OSError: a file cannot be read now, which says nothing of what is in it.
       ValueError: a later version wrote it.
 
     >>> import tempfile
@@ -128,9 +134,9 @@ def check(directory: Path, source: str) -> int:
             for name, digest in zip(found, pool.map(lambda name: _digest(directory / name), found), strict=True):
                 if digest != listed[name][1]:
                     raise Damaged(f"{source} is damaged: {name} is not what its SHA-256 says")
-        except PermissionError:
-            raise
         except OSError as error:
+            if error.errno not in _GONE:
+                raise
             raise Damaged(f"{source} is damaged: {error.filename} cannot be read: {error.strerror}") from error
     return sum(found.values())
 

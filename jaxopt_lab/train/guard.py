@@ -9,7 +9,7 @@ from jaxopt_lab.core.tree import flatten, paths
 from jaxopt_lab.core.types import Array, PyTree
 from jaxopt_lab.train.state import State
 
-__all__ = ["all_finite", "first_nonfinite", "names", "offender", "select"]
+__all__ = ["all_finite", "first_nonfinite", "names", "offender", "select", "turned"]
 
 
 def all_finite(tree: PyTree) -> Array:
@@ -41,6 +41,23 @@ def first_nonfinite(*trees: PyTree) -> Array:
     return jnp.where(finite.all(), -1, jnp.argmin(finite)).astype(jnp.int32)
 
 
+def turned(new: PyTree, old: PyTree) -> PyTree:
+    """What has become of an optimiser's state: of each leaf the new numbers, and zero for those that were not finite before.
+
+    Some optimisers hold an infinity on purpose, such as the best value that was not yet seen.
+
+    >>> turned({"best": jnp.array([jnp.inf, jnp.inf])}, {"best": jnp.array([jnp.inf, 1.0])})
+    {'best': Array([ 0., inf], dtype=float32)}
+    """
+
+    def one(now: Any, before: Any) -> Any:
+        if now is before or not jnp.issubdtype(getattr(now, "dtype", int), jnp.inexact):
+            return now
+        return jnp.where(jnp.isfinite(before), now, 0)
+
+    return jax.tree.map(one, new, old)
+
+
 def select(keep: Array, new: PyTree, old: PyTree) -> PyTree:
     """Each leaf of `new` where `keep`, else of `old`, bit for bit: a choice element by element, which fuses with what made `new`.
 
@@ -51,7 +68,8 @@ def select(keep: Array, new: PyTree, old: PyTree) -> PyTree:
 
 
 def names(state: State) -> list[str]:
-    """What the metric "nonfinite" of a guarded step counts, in its order: loss, gradients, model state, parameters.
+    """What the metric "nonfinite" of a guarded step counts, in its order: loss, gradients, model state, parameters,
+    the optimiser's state.
 
     Only the structure of the state is read, and that of any state of the run will do.
 
@@ -64,6 +82,7 @@ def names(state: State) -> list[str]:
         *(f"gradient of {path}" for path in parameters),
         *(f"model_state {path}" for path in paths(state.model_state)),
         *(f"parameter {path}" for path in parameters),
+        *(f"opt_state {path}" for path in paths(state.opt_state)),
     ]
 
 

@@ -1,5 +1,6 @@
 """The loop around a step: a Python loop or a compiled one, whichever is faster here, and what a run needs beside it."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -107,8 +108,8 @@ def fit(
     _check_periods(steps=steps, evaluate_every=evaluate_every, save_every=save_every, skips=skips, log_every=log_every, chunk=chunk)
     if stop is not None and (evaluate is None or evaluate_every is None):
         raise ValueError(f"stopping early on {stop.monitor!r} needs evaluate= and evaluate_every=")
-    if rewind is not None and not isinstance(run, Run):
-        raise ValueError("going back to a checkpoint needs run=train.Run(...), which keeps them")
+    if rewind is not None:
+        _check_rewind(step, state, run, rewind)
     if jax.process_count() > 1 and (feed := getattr(step, "feed", None)) is not None:
         # Each process has its own rows; only the step knows which devices they go to.
         batches = feed(batches)
@@ -163,13 +164,19 @@ class _Training:
         if self.pace is None:
             # Of several processes each would measure something else, and all must take the same steps.
             self.pace = memory.get("pace") if jax.process_count() == 1 else 1
-        self._rewinds, self._rewound, self._attempts = 0, None, 0
+        self._rewinds, self._rewound, self._attempts = memory.get("rewinds", 0), None, 0
         self._begin(state, memory)
 
     def _begin(self, state: Any, memory: dict[str, Any]) -> None:
         self.loop = self._make(state, skips=Skips(*memory.get("skips", ())), history=self._kept.metrics.kept)
         self._best, self._best_step, self._waited = memory.get("best"), memory.get("best_step"), memory.get("waited", 0)
-        self._best_state = None if self._best_step is None else self._kept.best(state, self._best_step)
+        self._best_state = None
+        if self._best_step is not None:
+            try:
+                self._best_state = self._kept.best(state, self._best_step)
+            except (FileNotFoundError, ValueError) as error:
+                warnings.warn(f"{error}; what was the best step is forgotten", UserWarning, stacklevel=2)
+                self._best, self._best_step = None, None
         self.over = self.loop.at >= self._plan.last or self._out_of_patience()
 
     @property
@@ -186,7 +193,8 @@ class _Training:
                 self.pace = loop.measure(until, min(periods, default=None))
             loop.advance(until, self.pace or 1)
         except Exception:
-            if loop.data_failed:
+            # Where there are other processes, they wait in the next step, and no save would be one of all.
+            if loop.data_failed and jax.process_count() == 1:
                 self.keep()
             raise
         found, improved = None, False
@@ -232,6 +240,7 @@ class _Training:
             "best": self._best,
             "best_step": self._best_step,
             "waited": self._waited,
+            "rewinds": self._rewinds,
         }
         self._kept.save(self.loop.state, self.loop.at, memory, metrics)
 
@@ -240,7 +249,11 @@ class _Training:
         rewind = self._plan.rewind
         if rewind is None or self._rewinds == rewind.times:
             raise error
-        state, memory = self._kept.back(self.loop.state)
+        try:
+            state, memory = self._kept.back(self.loop.state)
+        except FileNotFoundError:
+            # Nothing is saved yet: what went wrong is what there is to say.
+            raise error from None
         # From one checkpoint each attempt is slower than the last; a newer one was saved with the rate of its time.
         self._attempts = self._attempts + 1 if int(state.step) == self._rewound else 1
         self._rewinds, self._rewound = self._rewinds + 1, int(state.step)
@@ -254,6 +267,14 @@ def _check_batches(batches: Any) -> None:
             f"batches must be a function batches(step) -> batch; got {type(batches).__name__}, and of a list that is "
             "lambda step: batches[step % len(batches)]"
         )
+
+
+def _check_rewind(step: Callable, state: Any, run: Any, rewind: Rewind) -> None:
+    if not isinstance(run, Run):
+        raise ValueError("going back to a checkpoint needs run=train.Run(...), which keeps them")
+    if not getattr(getattr(step, "step", step), "guard", True):
+        raise ValueError("a rewind comes of steps that the guard has skipped: build the step with make_step(..., guard=True)")
+    scaled(state.opt_state, rewind.factor)
 
 
 def _check_periods(**periods: int | None) -> None:

@@ -1,6 +1,6 @@
 """A run: one directory that holds all there is to know of a training, and all it takes to go on with it.
 
-config.json        the settings it was begun with
+config.json        the settings of its newest start
 environment.json   the versions, devices and command of its newest start
 metrics.jsonl      a record a line; none past the step that was restored
 checkpoints/       verified steps
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Kept", "Run", "opened"]
 
 _FILES = ("config.json", "environment.json", "metrics.jsonl", "status.json", "report.md")
+_OPENS_S = 300.0
 _VERSIONS = ("jaxopt_lab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy")
 
 
@@ -45,8 +46,9 @@ _VERSIONS = ("jaxopt_lab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
 class Run:
     """Has `fit` keep a run in a directory: killed at any moment, the same call with `resume=True` goes on where it was.
 
-    SIGTERM and SIGINT save at the next step and end the program with exit code 75; a second signal ends it at once. On several
-    processes the directory must be one that all of them share; the first process alone writes the files beside the checkpoints.
+    SIGTERM and SIGINT save at the next step and end the program with exit code 75; a second signal, after a second or more, ends it
+    at once. On several processes SIGTERM alone does so, to any of them, and the directory must be one that all of them share; the
+    first process alone writes the files beside the checkpoints.
 
     Attributes:
       directory: of this run alone; made if need be.
@@ -105,6 +107,7 @@ class Kept:
         self._first = jax.process_index() == 0
         self._open = ExitStack()
         self._at: int | None = None
+        self._begun = False
         self._programs: dict[str, Any] = {}
 
     def __enter__(self) -> "Kept":
@@ -116,7 +119,7 @@ class Kept:
 
     def _enter(self, opening: ExitStack) -> None:
         # Orbax takes its time to import, and most trainings keep nothing.
-        from jaxopt_lab.checkpoint import Best, Checkpoints, Lock
+        from jaxopt_lab.checkpoint import Best, Checkpoints, Lock, together
 
         run, path, best = self._run, self._run.path, self._run.best
         if self._stop is not None:
@@ -124,24 +127,33 @@ class Kept:
                 raise ValueError(
                     f"the run keeps the best {best.metric!r}, and stop the best {self._stop.monitor!r}: give one of them"
                 )
-            best = Best(self._stop.monitor, maximise=self._stop.maximise)
+            # Two: should the newest, which may well be the best, be damaged, the best before it is still there.
+            best = Best(self._stop.monitor, maximise=self._stop.maximise, keep=2)
         config = plain(run.config)
-        if self._first:
+
+        def first() -> None:
             _check_directory(path)
             opening.enter_context(Lock(path / "lock"))
             for half in (file for name in _FILES for file in path.glob(f".{name}.*")):
                 # What a start was writing when it was killed.
                 half.unlink(missing_ok=True)
             self._check_config(config)
-        self._checkpoints = opening.enter_context(Checkpoints(path / "checkpoints", keep=run.keep, best=best, classes=run.classes))
-        if not run.resume and self._checkpoints.latest() is not None:
-            raise FileExistsError(
-                f"{path} holds a run, saved at step {self._checkpoints.latest()}: resume=True goes on with it, and in another "
-                "directory one begins anew"
-            )
-        if self._first:
+
+        def begun() -> bool:
+            latest = self._checkpoints.latest()
+            if latest is not None and not run.resume:
+                raise FileExistsError(
+                    f"{path} holds a run, saved at step {latest}: resume=True goes on with it, and in another directory one begins "
+                    "anew"
+                )
             files.write(path / "config.json", _json(config))
             files.write(path / "environment.json", _json(_environment()))
+            return latest is not None
+
+        # What the first process refuses, all of them refuse, and for the same reason.
+        together.agree("open the run", first, _OPENS_S)
+        self._checkpoints = opening.enter_context(Checkpoints(path / "checkpoints", keep=run.keep, best=best, classes=run.classes))
+        self._begun = together.agree("find the newest step", begun, _OPENS_S)
 
     def _check_config(self, config: Any) -> None:
         file = self._run.path / "config.json"
@@ -161,7 +173,7 @@ class Kept:
           state: the state before the first step, placed on the devices that shall hold it; a checkpoint must have its structure.
         """
         memory: dict[str, Any] = {}
-        if self.saves and self._checkpoints.latest() is not None:
+        if self._begun:
             try:
                 state, memory = self._restored(state)
             except FileNotFoundError as error:
@@ -249,8 +261,8 @@ class Kept:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         try:
-            if error is not None and not isinstance(error, Stopped) and self._at is not None:
-                self._status("failed", self._at, error)
+            if error is not None and not isinstance(error, Stopped):
+                self._status("failed", self._at or 0, error)
         finally:
             self._open.close()
 

@@ -56,6 +56,9 @@ def _calls(step: Callable, state: PyTree, batch: PyTree) -> dict[str, tuple[Call
     inner = getattr(step, "step", step)
     leaves, structure = jax.tree.flatten(jax.tree.map(_outline, state))
     batch = jax.tree.map(_outline, batch)
+    if isinstance(batch, Mapping) and "x" in batch:
+        # Ragged ends alone have weights, and so it is with devices that do not divide a batch: the program is told with them.
+        batch = {**batch, "weight": jax.ShapeDtypeStruct(jax.tree.leaves(batch["x"])[0].shape[:1], jnp.float32)}
 
     def whole(leaves: Sequence[Any], batch: PyTree) -> PyTree:
         given = jax.tree.unflatten(structure, leaves)

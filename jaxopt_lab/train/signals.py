@@ -37,11 +37,12 @@ class Stopped(SystemExit):
 class Stopping:
     """Whether this run was asked to end, by SIGTERM or SIGINT, while the context lasts; a second signal ends it at once.
 
-    Of several processes all must end at the same step, which JAX's own preemption service agrees on: there SIGTERM counts, to any
-    of them, and no handler of this class is in the way. Outside of the main thread signals cannot be heard, and nothing is.
+    Signals within a second count as one. Of several processes all must end at the same step, which JAX's own preemption service
+    agrees on: there SIGTERM counts, to any of them, and SIGINT is that of any program. Outside of the main thread signals cannot be
+    heard, and nothing is.
 
     Args:
-      listens: False for a run that keeps nothing, which signals end as they end any program.
+      listens: False for a run that keeps nothing: signals are left to whoever handles them.
 
     >>> with Stopping(listens=False) as stopping:
     ...     stopping(10)
@@ -52,18 +53,23 @@ class Stopping:
         self._many = listens and jax.process_count() > 1
         self._listens = listens and not self._many and threading.current_thread() is threading.main_thread()
         self._heard, self._since, self._before = False, 0.0, {}
+        self._asked, self._questions = -1, 0
 
     def __call__(self, step: int) -> bool:
         """Whether the run is to end after `step`; on several processes every one must ask at every step."""
-        if self._many:
+        if self._many and not self._heard and step != self._asked:
             from jax.experimental import multihost_utils
 
-            return self._heard or bool(multihost_utils.reached_preemption_sync_point(step))
+            # JAX agrees on a number that must be asked for; a loop of many steps at once passes over steps, and no question.
+            self._asked, self._questions = step, self._questions + 1
+            self._heard = bool(multihost_utils.reached_preemption_sync_point(self._questions))
         return self._heard
 
     def __enter__(self) -> "Stopping":
         if self._listens:
-            self._before = {number: signal.signal(number, self._hear) for number in _SIGNALS}
+            # What the program was told to ignore (by nohup, or in the background of a shell) it goes on ignoring.
+            heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._hear) for number in heard}
         return self
 
     def __exit__(self, *_: Any) -> None:

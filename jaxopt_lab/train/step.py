@@ -15,7 +15,7 @@ from jaxopt_lab.core.rows import inputs as inputs_of
 from jaxopt_lab.core.tree import any_compressed
 from jaxopt_lab.core.types import Array, PyTree
 from jaxopt_lab.nets.model import Model, check_model
-from jaxopt_lab.train.guard import first_nonfinite, select
+from jaxopt_lab.train.guard import first_nonfinite, select, turned
 from jaxopt_lab.train.microbatches import deal, part, summed
 from jaxopt_lab.train.precision import as_before, cast, compute_dtype, keep_optimiser, loss_scale, widened
 from jaxopt_lab.train.state import State, on_leaves
@@ -66,7 +66,7 @@ class Step:
         params = optax.apply_updates(state.params, updates)
         metrics = {name: metric.astype(jnp.float32) for name, metric in metrics.items()}
         if self.guard:
-            nonfinite = first_nonfinite(value, grads, model_state, params)
+            nonfinite = first_nonfinite(value, grads, model_state, params, turned(opt_state, state.opt_state))
             keep = nonfinite < 0
             params, model_state = select(keep, (params, model_state), (state.params, state.model_state))
             opt_state = keep_optimiser(keep, opt_state, state.opt_state)
@@ -218,7 +218,8 @@ def make_step(
       between the two is saved, and not what the second one holds. A policy of `jax.checkpoint_policies` instead says what is kept
       (`dots_saveable`: products, and the rest is computed again); layers that are `nn.remat` inside the model save the most.
     - `guard=True` passes over a step whose loss, gradients (after the sum over devices), new model state or new parameters are not
-      all finite: parameters, model state and the optimiser's state stay bit for bit what they were, and only `step` advances.
+      all finite, or that makes a number of the optimiser's state infinite which was not: parameters, model state and the
+      optimiser's state stay bit for bit what they were, and only `step` advances.
 
     Args:
       model: as of `nets.from_linen` and its like.

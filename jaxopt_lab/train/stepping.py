@@ -179,12 +179,14 @@ class Loop:
         if chunk < 2:
             return 1
         timed = min(_TIMED_STEPS, until - self.at - 2 * chunk)
-        if timed < 1:
+        if timed < 1 or self._ended(self.at):
             return None
         single = self._timed(lambda: self.advance(self.at + timed, 1)) / timed
         self.advance(self.at + chunk, chunk)
         jax.block_until_ready(self.state)
-        return chunk if self._timed(lambda: self.advance(self.at + chunk, chunk)) / chunk < single else 1
+        looped = self._timed(lambda: self.advance(self.at + chunk, chunk)) / chunk
+        # A run that is to end has taken fewer steps than were timed.
+        return None if self._ended(self.at) else chunk if looped < single else 1
 
     def _timed(self, work: Callable[[], None]) -> float:
         begin = time.perf_counter()

@@ -46,6 +46,21 @@ def differs(one, other):
     return any((a != b).any() for a, b in zip(*(jax.tree.leaves(bits(state)) for state in (one, other)), strict=True))
 
 
+def test_a_moment_that_overflows():
+    """A gradient whose square is infinite would leave Adam's weight where it is for good, with every parameter finite."""
+    step = jax.jit(train.make_step(LINEAR, lambda y, batch: y, optax.adam(0.1), guard=True))
+    start = train.init(LINEAR, optax.adam(0.1), KEY, X)
+    after, metrics = step(start, {"x": np.full((8, 3), 1e20, np.float32)})
+    same(after, start)
+    assert guard.offender(after, metrics["nonfinite"]) == "opt_state 0/nu"
+    # What was infinite from the beginning, by intention, is none of it.
+    plateau = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
+    step = jax.jit(train.make_step(LINEAR, squared, plateau, guard=True))
+    state = train.init(LINEAR, plateau, KEY, X)
+    assert np.isinf(state.opt_state[1].best_value)
+    assert step(state, GOOD)[1]["skipped"] == 0
+
+
 @pytest.mark.parametrize(
     "tx",
     [

@@ -1,5 +1,6 @@
 """A run in a directory: whatever ends it, the same call goes on where it was; and what it refuses to go on with."""
 
+import errno
 import json
 import os
 import signal
@@ -190,6 +191,12 @@ def test_another_optimiser_or_loss_is_refused_though_its_state_would_fit(tmp_pat
     assert int(sound.state.step) == 10
 
 
+def test_a_batch_with_weights_is_no_other_program(tmp_path):
+    fit(run_in(tmp_path), steps=5)
+    ragged = fit(run_in(tmp_path), batches=lambda t: {**batches(t), "weight": np.array([1, 1, 1, t % 2], np.float32)})
+    assert int(ragged.state.step) == 20
+
+
 def test_another_model_is_told_as_a_difference_by_path(tmp_path):
     fit(run_in(tmp_path), steps=5)
     wider = train.make_step(nets.from_linen(nets.MLP(features=(6,), classes=3)), LOSS, optimiser())
@@ -232,6 +239,50 @@ def test_early_stopping_goes_on_as_if_nothing_had_been(tmp_path):
     assert resumed.history == unbroken.history
     # It is over, and stays so.
     same(fit(run_in(tmp_path, save_every=2, keep=1), **options).state, unbroken.state)
+
+
+def test_a_damaged_best_step_leaves_the_run_to_go_on(tmp_path):
+    scores = {2: 0.5, 4: 0.9, 6: 0.4, 8: 0.3, 10: 0.2}
+    options = {
+        "evaluate": lambda state: {"score": scores[int(state.step)]},
+        "evaluate_every": 2,
+        "stop": train.EarlyStopping("score", patience=9, maximise=True),
+    }
+    fit(run_in(tmp_path, keep=1), steps=4, **options)
+    digests = tmp_path / "checkpoints" / "4" / "digests.json"
+    digests.write_bytes(digests.read_bytes()[:-9])
+    with pytest.warns(UserWarning, match="4"):
+        resumed = fit(run_in(tmp_path, keep=1), steps=10, **options)
+    # From step 2, the best before it, which is still there; and step 4 is found again.
+    assert int(resumed.state.step) == 4
+    assert [record["step"] for record in resumed.history if "loss" in record] == list(range(1, 11))
+
+
+def test_what_the_system_refuses_for_now_is_no_damage(tmp_path, monkeypatch):
+    from jaxopt_lab.checkpoint import digests
+
+    fit(run_in(tmp_path), steps=10)
+    kept = (tmp_path / "metrics.jsonl").read_bytes()
+
+    def refused(path, **_):
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    monkeypatch.setattr(digests, "_digest", refused)
+    with pytest.raises(OSError, match="Too many open files"):
+        fit(run_in(tmp_path))
+    monkeypatch.undo()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == kept
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == (5, 10)
+
+
+def test_nothing_sound_is_left_and_the_run_begins_anew(tmp_path, whole):
+    fit(run_in(tmp_path, keep=1), steps=5)
+    (tmp_path / "checkpoints" / "5" / "digests.json").write_text("{}")
+    with pytest.warns(UserWarning, match="no sound checkpoint left.*begins anew"):
+        again = fit(run_in(tmp_path))
+    same(again.state, whole.state)
+    assert again.history == whole.history
 
 
 def test_the_best_is_kept_beside_the_newest(tmp_path):
@@ -290,9 +341,15 @@ def test_back_to_the_last_sound_step_with_a_smaller_rate(tmp_path):
         fit(
             run_in(tmp_path / "b"), step=GUARDED, batches=lambda t: batches(t, range(12, 30)), skips=3, rewind=train.Rewind(times=2)
         )  # fmt: skip
+    # Before the first checkpoint there is nowhere to go back to, and the error is the one that counts.
+    with pytest.raises(train.NonFiniteError, match="loss is not finite"):
+        fit(run_in(tmp_path / "c"), step=GUARDED, batches=lambda t: batches(t, range(2, 9)), skips=2, rewind=train.Rewind())
+    assert json.loads((tmp_path / "c" / "status.json").read_text())["state"] == "failed"
+    # What a rewind needs is missed before anything is trained.
     plain = train.make_step(MODEL, LOSS, optax.adam(0.05), guard=True)
-    with pytest.raises(ValueError, match=r"train\.rate_scale"):
-        fit(run_in(tmp_path / "c"), step=plain, batches=lambda t: batches(t, BAD), skips=3, rewind=train.Rewind())
+    for step, message in ((plain, r"train\.rate_scale"), (STEP, "guard=True")):
+        with pytest.raises(ValueError, match=message):
+            fit(run_in(tmp_path / "d"), step=step, batches=lambda t: pytest.fail("asked for data"), rewind=train.Rewind())
     with pytest.raises(ValueError, match=r"train\.Run"):
         fit(None, step=GUARDED, rewind=train.Rewind())
 
