@@ -151,6 +151,7 @@ def test_both_ends_of_every_network_keep_more_bits(side, bits):
         assert variables["params"][network.ends[1]]["kernel"].shape[-1] == 10
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_in_a_hurry")
 def test_a_slimmed_network_against_its_controls(tmp_path, capsys):
     study = load("slim")
@@ -195,6 +196,7 @@ def test_a_slimmed_network_against_its_controls(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_labels_are_cleaned_by_hypergradients(tmp_path, capsys):
     study = load("hyper_cleaning")
     short = ["--seeds", "0", "--steps", "20", "--updates", "2", "--out", str(tmp_path)]

@@ -58,6 +58,7 @@ def test_the_loop_refuses_nonsense(benchmark, capsys, arguments):
     assert arguments[0] in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_sparsify(benchmark):
     rows = benchmark(load("benchmark_sparsify"), "--sizes", "1000", "--repeats", "1")
     assert {row["case"] for row in rows} >= {"adam", "between, bool masks", "between, packed masks", "mask update, global"}
@@ -65,6 +66,7 @@ def test_sparsify(benchmark):
     assert all(row["ms"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_leaves(benchmark):
     rows = benchmark(load("benchmark_leaves"), "--side", "64", "--batches", "1", "--repeats", "1")
     assert {row["case"] for row in rows} >= {"float32", "lift, nothing compressed", "int8"}
@@ -72,6 +74,7 @@ def test_leaves(benchmark):
     assert all(row["ms"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_slim(benchmark):
     rows = benchmark(load("benchmark_slim"), "--tiny", "--batches", "2", "--repeats", "1")
     assert [row["case"] for row in rows] == ["coupling, ResNet-18", "ResNet-18", "Transformer, 6 layers"]
@@ -81,6 +84,7 @@ def test_slim(benchmark):
         assert row["time_to_macs"] == pytest.approx(row["time_ratio"] / row["macs_ratio"], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_population(benchmark):
     rows = benchmark(load("benchmark_population"), "--trials", "8", "--steps", "6", "--rebuilt", "1", "--sweeps", "1")
     assert [row["case"] for row in rows] == ["mlp", "lenet", "halving"]
@@ -147,11 +151,13 @@ def test_gp(benchmark):
     assert {row["method"] for row in rows} == {"ours", "tpe"}
 
 
+@pytest.mark.slow
 def test_architectures(benchmark):
     rows = benchmark(load("benchmark_architectures"), "mnist1d", "--seeds", "2")
     assert len(rows) == 2
 
 
+@pytest.mark.slow
 def test_hypergradient(benchmark):
     arguments = ["--tiny", "--budget", "6", "--seeds", "0", "--methods", "random", "reverse", "implicit", "--repeats", "1"]
     rows = benchmark(load("benchmark_hypergradient"), *arguments)

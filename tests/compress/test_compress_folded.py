@@ -61,7 +61,7 @@ def _trained(bits, axis):
     return latent, train.variables(state), seen
 
 
-@pytest.mark.parametrize(("bits", "axis"), [(8, None), (4, None), (4, -1)])
+@pytest.mark.parametrize(("bits", "axis"), [(8, None), pytest.param(4, None, marks=pytest.mark.slow), (4, -1)])
 def test_what_trained_is_what_is_stored(bits, axis):
     latent, variables, seen = _trained(bits, axis)
     _, _, predict, unfolded = _programs(axis)

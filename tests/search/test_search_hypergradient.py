@@ -147,7 +147,7 @@ def differences(function, hyper, width=1e-5):
     return (up - down) / (2 * width)
 
 
-SLOW = ("momentum", "distillation, augmentation", "a soft threshold", "rmsprop", "nadam, amsgrad")
+SLOW = ("sgd", "adamw, a decay a layer", "momentum", "distillation, augmentation", "a soft threshold", "rmsprop", "nadam, amsgrad")
 
 
 def rows(table):
