@@ -207,10 +207,20 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_ylabel("items a second")
     counts = sorted({row["devices"] for row in rows})
     axes.set_xticks(counts, [str(count) for count in counts])
-    axes.legend(frameon=False, fontsize=8)
-    kind = f"{jax.devices()[0].device_kind}{', simulated devices: no scaling is shown' if simulated() else ''}"
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.yaxis.set_minor_formatter("{x:,g}")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    kind = f"{jax.devices()[0].device_kind}{', simulated devices: no scaling result' if simulated() else ''}"
     axes.set_title(f"Training steps on {kind}", loc="left", color=canvas.INK)
     canvas.png(figure, path)
+
+
+def tell(row: dict[str, Any], out: Path | None) -> None:
+    """Prints a line, and keeps it at once: a later case may not fit the memory."""
+    print(json.dumps(row), flush=True)
+    if out is not None:
+        with (out / "pmap.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def main() -> None:
@@ -233,6 +243,9 @@ def main() -> None:
     if max(counts) > len(every):
         parser.error(f"--devices {max(counts)}: there are {len(every)}")
 
+    if options.out is not None and jax.process_index() == 0:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "pmap.jsonl").write_text("")
     rows: list[dict[str, Any]] = []
     for model in options.models:
         for scaling in options.scaling:
@@ -245,10 +258,8 @@ def main() -> None:
                             row |= {"scaling": scaling, "batch": batch}
                             rows.append(row | {"scaling_efficiency": efficiency(row, rows), **hardware()})
                             if jax.process_index() == 0:
-                                print(json.dumps(rows[-1]), flush=True)
+                                tell(rows[-1], options.out)
     if options.out is not None and jax.process_index() == 0:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "pmap.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (options.out / "pmap.md").write_text(table(rows))
         picture(rows, options.out / "pmap.png")
 
