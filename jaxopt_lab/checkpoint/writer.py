@@ -223,6 +223,7 @@ def _wait_at_exit() -> None:
 
 
 # Before concurrent.futures, which Orbax uses, takes no more work: atexit and threads that are waited for come after that. Where
-# Python has no such hook, a step that is begun and not waited for is lost.
+# Python has no such hook, a step that is begun and not waited for is lost; so it is where Python starts no thread so late (3.12.1,
+# and no longer 3.12.3), and then it is told.
 if hasattr(threading, "_register_atexit"):
     threading._register_atexit(_wait_at_exit)  # pyright: ignore[reportAttributeAccessIssue]
