@@ -72,8 +72,8 @@ def pmap(step: Callable, devices: Sequence[jax.Device] | None = None) -> Pmapped
     device (after `jax.device_put`) at any time. The result can be jitted, scanned, and given to `train.fit`.
 
     On several processes each calls this alike, with the same state. The batch is then the process's own rows, as
-    `parallel.local(batches)` gives them; for `train.fit`, `pmapped.feed(parallel.local(batches))`. There the step is mapped by
-    `jax.shard_map`, since `jax.pmap` inside of `jax.jit` sees the devices of its own process only.
+    `parallel.local(batches)` gives them, to `train.fit` too. There the step is mapped by `jax.shard_map`, since `jax.pmap` inside
+    of `jax.jit` sees the devices of its own process only.
 
     Args:
       step: of `train.make_step(..., axis_name="...")`, or any pure step with an attribute `axis_name`.

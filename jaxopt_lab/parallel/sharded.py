@@ -149,7 +149,7 @@ def shard(
     can be jitted, scanned, and given to `train.fit`.
 
     On several processes each calls this alike, with the same state. The batch is then the process's own rows, as
-    `parallel.local(batches)` gives them, in the order of the mesh; for `train.fit`, `sharded.feed(parallel.local(batches))`.
+    `parallel.local(batches)` gives them, in the order of the mesh, to `train.fit` too.
 
     The parameters of a teacher that is too large for one device are an entry of the batch, named in `beside` and placed once by
     `sharded.place(params)`: those that a loss closes over are constants of the program, whole on every device. Who wants to spell

@@ -91,7 +91,7 @@ def fit(
     Raises:
       TypeError: `batches` is no function of the step.
       ValueError, OSError, RuntimeError: `batches` failed; the message names the step. Any other error of it is a RuntimeError. A
-        `Run` is saved before.
+        `Run` of one process is saved before.
       ValueError: a period below 1, or `stop` without what it needs; the first batch cannot be trained on; the run is another one.
       NonFiniteError: `skips` steps in a row were skipped; the message names what was not finite.
       Stopped: SIGTERM or SIGINT came, and the `Run` is saved: it ends the program with code 75.

@@ -107,7 +107,6 @@ class Kept:
         self._first = jax.process_index() == 0
         self._open = ExitStack()
         self._at: int | None = None
-        self._begun = False
         self._programs: dict[str, Any] = {}
 
     def __enter__(self) -> "Kept":
@@ -139,7 +138,7 @@ class Kept:
                 half.unlink(missing_ok=True)
             self._check_config(config)
 
-        def begun() -> bool:
+        def newest() -> int | None:
             latest = self._checkpoints.latest()
             if latest is not None and not run.resume:
                 raise FileExistsError(
@@ -148,19 +147,19 @@ class Kept:
                 )
             files.write(path / "config.json", _json(config))
             files.write(path / "environment.json", _json(_environment()))
-            return latest is not None
+            return latest
 
         # What the first process refuses, all of them refuse, and for the same reason.
         together.agree("open the run", first, _OPENS_S)
         self._checkpoints = opening.enter_context(Checkpoints(path / "checkpoints", keep=run.keep, best=best, classes=run.classes))
-        self._begun = together.agree("find the newest step", begun, _OPENS_S)
+        self._at = together.agree("find the newest step", newest, _OPENS_S)
 
     def _check_config(self, config: Any) -> None:
         file = self._run.path / "config.json"
         if not self._run.resume or not file.exists():
             return
-        then = {"config": files.read_json(file)}
-        changed = changed_settings(_without(then["config"], self._run.not_compared), _without(config, self._run.not_compared))
+        then, now = (_without(settings, self._run.not_compared) for settings in (files.read_json(file), config))
+        changed = changed_settings(then, now)
         if changed and not self._run.accept_changes:
             raise ValueError(
                 f"{self._run.path} was begun with other settings: {'; '.join(changed)}; accept_changes=True goes on with these"
@@ -173,11 +172,12 @@ class Kept:
           state: the state before the first step, placed on the devices that shall hold it; a checkpoint must have its structure.
         """
         memory: dict[str, Any] = {}
-        if self._begun:
+        if self._at is not None:
             try:
                 state, memory = self._restored(state)
             except FileNotFoundError as error:
                 # Step 0 is always sound: it is what was passed in.
+                self._at = None
                 warnings.warn(f"{error}; the run begins anew", UserWarning, stacklevel=3)
         directory = self._run.path if self.saves else self._run
         step = int(state.step)
@@ -238,12 +238,12 @@ class Kept:
         """The state of the best step, of the structure of another."""
         return self._checkpoints.restore(step, like=state)
 
-    def end(self, how: str, step: int, history: Sequence[Mapping[str, Any]], error: BaseException | None = None) -> None:
+    def end(self, how: str, step: int, history: Sequence[Mapping[str, Any]]) -> None:
         """Waits for the last checkpoint, and writes how the run ended, and its report."""
         if not self.saves:
             return
         self._checkpoints.wait()
-        self._status(how, step, error)
+        self._status(how, step)
         if how == "finished" and self._first:
             files.write(self._run.path / "report.md", _report(self._run, step, history).encode())
 

@@ -203,6 +203,8 @@ def test_another_model_is_told_as_a_difference_by_path(tmp_path):
     state = train.init(wider.model, wider.tx, jax.random.key(0), batches(0))
     with pytest.raises(ValueError, match=r"params/Dense_0/kernel.*\(5, 4\)"):
         train.fit(wider, state, batches, steps=10, run=run_in(tmp_path), progress=False)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("failed", 5)
 
 
 def test_data_that_fails_saves_what_was_trained_and_names_the_step(tmp_path, whole):
