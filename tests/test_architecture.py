@@ -1,6 +1,7 @@
 """The shape of the package: floors, no circles, documented names, imports that cost nothing, nothing unpickled."""
 
 import ast
+import functools
 import importlib
 import inspect
 import subprocess
@@ -90,7 +91,10 @@ def own_module(full: str) -> str | None:
     return full or None
 
 
-IMPORTS = {name: imported(path.read_text(), name, path.name == "__init__.py") for name, path in MODULES.items()}
+@functools.cache
+def imports_of(name: str) -> list[tuple[str, int]]:
+    """What a module imports; read when it is asked for, since every worker imports this file."""
+    return imported(MODULES[name].read_text(), name, MODULES[name].name == "__init__.py")
 
 
 def upward(name: str, imports: list[tuple[str, int]]) -> list[str]:
@@ -130,15 +134,12 @@ def circle(edges: dict[str, set[str]]) -> list[str] | None:
 def test_a_module_imports_only_lower_floors(name):
     here = folder(name)
     assert here is None or here in FLOORS, f"{name}: {here} has no floor; give it one in this table and in the package's docstring"
-    faults = upward(name, IMPORTS[name])
+    faults = upward(name, imports_of(name))
     assert not faults, "; ".join(faults)
 
 
 def test_there_are_no_circles():
-    edges = {
-        name: {target for full, _ in imports if (target := own_module(full)) and target != name}
-        for name, imports in IMPORTS.items()
-    }
+    edges = {name: {target for full, _ in imports_of(name) if (target := own_module(full)) and target != name} for name in MODULES}
     assert circle(edges) is None
 
 
@@ -249,10 +250,7 @@ def test_an_import_brings_in_no_more_than_it_needs(statement, kept_out):
 def test_nothing_is_unpickled():
     """A file from elsewhere must never run code: neither a pickle's, nor one that hides in an array file."""
     found = [
-        f"{name}:{line} imports {full}"
-        for name, imports in IMPORTS.items()
-        for full, line in imports
-        if UNPICKLERS & set(full.split("."))
+        f"{name}:{line} imports {full}" for name in MODULES for full, line in imports_of(name) if UNPICKLERS & set(full.split("."))
     ]
     found += [
         f"{name}:{node.value.lineno} passes allow_pickle"

@@ -142,12 +142,6 @@ def _loss(apply, variables, x):
     return jnp.sum(jnp.sin(y.astype(jnp.float32)) ** 2), y.astype(jnp.float32)
 
 
-@functools.cache
-def _dense_program(name: str):
-    """The dense model and its gradient: one program for all leaves."""
-    return jax.jit(jax.value_and_grad(functools.partial(_loss, _case(name).apply), has_aux=True))
-
-
 # Every leaf on one model and every model with one leaf each time; the rest of the table with `scripts/test -m slow`.
 _ALWAYS = (("pure",), ("int8 per channel",))
 _TABLE = [
@@ -166,18 +160,18 @@ def test_lifted_equals_dense(model: str, leaf: str):
 
     @jax.jit
     def everything(variables, x):
-        """Value and gradient under jit, and one example at a time under vmap."""
+        """Value and gradient under jit, one example at a time under vmap, and what the dense tree gives for both."""
         out = jax.value_and_grad(functools.partial(_loss, lifted), has_aux=True, allow_int=True)(variables, x)
-        return out, jax.vmap(lambda v, x: lifted(v, x[None])[0].astype(jnp.float32), in_axes=(None, 0))(variables, x)
+        mapped = jax.vmap(lambda v, x: lifted(v, x[None])[0].astype(jnp.float32), in_axes=(None, 0))(variables, x)
+        dense, carry_back = jax.vjp(compress.decompress, variables)
+        (_, expected), grads = jax.value_and_grad(functools.partial(_loss, apply), has_aux=True)(dense, x)
+        return out, mapped, expected, carry_back(grads)[0]
 
-    dense = jax.jit(compress.decompress)(compressed)
-    ((_, y), grads), mapped = everything(compressed, x)
-    (_, expected), dense_grads = _dense_program(model)(dense, x)
+    ((_, y), grads), mapped, expected, carried_back = everything(compressed, x)
     close(y, expected)
     close(mapped, expected)
 
     # The gradient of whatever a leaf holds is that of the dense weight, carried back through what the leaf stands for.
-    carried_back = jax.jit(lambda leaves, grads: jax.vjp(compress.decompress, leaves)[1](grads)[0])(compressed, dense_grads)
     for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(carried_back), strict=True):
         assert got.dtype == want.dtype
         if got.dtype != jax.dtypes.float0:
@@ -188,7 +182,7 @@ def test_lifted_equals_dense(model: str, leaf: str):
     placed = jax.device_put(compressed, NamedSharding(mesh, PartitionSpec()))
     spread = jax.jit(lifted)(placed, jax.device_put(x, NamedSharding(mesh, PartitionSpec("d"))))
     assert len(spread.sharding.device_set) == 8
-    assert spread.dtype == jax.eval_shape(apply, dense, x).dtype
+    assert spread.dtype == jax.eval_shape(lambda v, x: apply(compress.decompress(v), x), compressed, x).dtype
     close(spread.astype(jnp.float32), expected)
 
 

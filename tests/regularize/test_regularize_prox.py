@@ -94,25 +94,26 @@ def test_types_jit_and_vmap(row):
         np.testing.assert_allclose(batched[k], row.operator(X, steps[k]), atol=1e-6)
 
 
+# The operator, what it is given, what comes out.
 LITERALS = {
-    "soft": (prox.soft_threshold([-3.0, -1.0, 0.5, 1.5], 1.0), [-2.0, 0.0, 0.0, 0.5]),
-    "hard": (prox.hard_threshold([-3.0, -1.0, 0.5, 1.5], 1.0), [-3.0, 0.0, 0.0, 1.5]),
-    "shrink": (prox.shrink([-3.0, 1.5], 2.0), [-1.0, 0.5]),
-    "net": (prox.elastic_net([-3.0, 0.5, 2.0], 0.5, 2.0, 2.0), [-1.0, 0.0, 0.5]),
-    "group": (prox.group_soft_threshold([[3.0, 0.6], [4.0, 0.8]], 1.0), [[2.4, 0.0], [3.2, 0.0]]),
-    "group rows": (prox.group_soft_threshold([[3.0, 4.0], [0.6, 0.8]], 1.0, 0), [[2.4, 3.2], [0.0, 0.0]]),
-    "lasso": (prox.group_lasso(np.full((4, 1), 2.0), 1.0), np.full((4, 1), 1.0)),
-    "singular": (prox.singular_value_threshold([[0.0, 3.0], [1.0, 0.0]], 1.5), [[0.0, 1.5], [0.0, 0.0]]),
-    "box": (prox.box([-3.0, 0.5, 2.0], -1.0, 1.0), [-1.0, 0.5, 1.0]),
-    "nonnegative": (prox.nonnegative(jnp.array([-3.0, 0.5])), [0.0, 0.5]),
-    "max_norm": (prox.max_norm([[3.0, 0.3], [4.0, 0.4]], 1.0), [[0.6, 0.3], [0.8, 0.4]]),
+    "soft": (prox.soft_threshold, ([-3.0, -1.0, 0.5, 1.5], 1.0), [-2.0, 0.0, 0.0, 0.5]),
+    "hard": (prox.hard_threshold, ([-3.0, -1.0, 0.5, 1.5], 1.0), [-3.0, 0.0, 0.0, 1.5]),
+    "shrink": (prox.shrink, ([-3.0, 1.5], 2.0), [-1.0, 0.5]),
+    "net": (prox.elastic_net, ([-3.0, 0.5, 2.0], 0.5, 2.0, 2.0), [-1.0, 0.0, 0.5]),
+    "group": (prox.group_soft_threshold, ([[3.0, 0.6], [4.0, 0.8]], 1.0), [[2.4, 0.0], [3.2, 0.0]]),
+    "group rows": (partial(prox.group_soft_threshold, axis=0), ([[3.0, 4.0], [0.6, 0.8]], 1.0), [[2.4, 3.2], [0.0, 0.0]]),
+    "lasso": (prox.group_lasso, (np.full((4, 1), 2.0), 1.0), np.full((4, 1), 1.0)),
+    "singular": (prox.singular_value_threshold, ([[0.0, 3.0], [1.0, 0.0]], 1.5), [[0.0, 1.5], [0.0, 0.0]]),
+    "box": (prox.box, ([-3.0, 0.5, 2.0], -1.0, 1.0), [-1.0, 0.5, 1.0]),
+    "nonnegative": (prox.nonnegative, (np.array([-3.0, 0.5]),), [0.0, 0.5]),
+    "max_norm": (prox.max_norm, ([[3.0, 0.3], [4.0, 0.4]], 1.0), [[0.6, 0.3], [0.8, 0.4]]),
 }
 
 
 @pytest.mark.parametrize("name", LITERALS)
 def test_by_hand(name):
-    computed, expected = LITERALS[name]
-    np.testing.assert_allclose(computed, np.asarray(expected), atol=1e-6)
+    operator, given, expected = LITERALS[name]
+    np.testing.assert_allclose(operator(*given), np.asarray(expected), atol=1e-6)
 
 
 PROJECTIONS = {

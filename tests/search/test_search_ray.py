@@ -63,7 +63,11 @@ def numbers_of(step):
 
 TRIAL = Trial(init, step, evaluate)
 RUN = {"key": jax.random.key(3), "batches": numbers_of, "steps": 6}
-DRAWN = configs(SPACE, sample(SPACE, jax.random.key(1), 11))
+
+
+@functools.cache
+def drawn():
+    return configs(SPACE, sample(SPACE, jax.random.key(1), 11))
 
 
 def agree(study, space=SPACE):
@@ -155,10 +159,10 @@ def test_an_actor_takes_its_share_of_the_machine():
 @pytest.mark.parametrize("keep", [None, 0, 3])
 def test_parts_come_to_the_whole(keep):
     options = {"engine": vmapped(), "rungs": (2,), "maximize": True, "keep": keep, **RUN}
-    whole = population(TRIAL, DRAWN, **options)
+    whole = population(TRIAL, drawn(), **options)
     split = [[3, 0, 9, 1], [10, 2], [4, 5, 6, 7, 8]]
-    parts = [(each, population(TRIAL, [DRAWN[k] for k in each], numbers=each, **options)) for each in split]
-    found = gathered(DRAWN, (2, 6), parts, keep=keep, maximize=True)
+    parts = [(each, population(TRIAL, [drawn()[k] for k in each], numbers=each, **options)) for each in split]
+    found = gathered(drawn(), (2, 6), parts, keep=keep, maximize=True)
     for name in ("scores", "curves"):
         np.testing.assert_allclose(getattr(found, name), getattr(whole, name), rtol=1e-6)
     np.testing.assert_allclose(found.metrics["first"], whole.metrics["first"], rtol=1e-6)
@@ -169,11 +173,11 @@ def test_parts_come_to_the_whole(keep):
 
 
 def test_what_was_given_up_is_not_a_number():
-    parts = [([1, 2], population(TRIAL, DRAWN[1:3], numbers=[1, 2], **RUN)), ([0], Lost("it is gone"))]
-    found = gathered(DRAWN[:3], (6,), parts, keep=None, maximize=False)
+    parts = [([1, 2], population(TRIAL, drawn()[1:3], numbers=[1, 2], **RUN)), ([0], Lost("it is gone"))]
+    found = gathered(drawn()[:3], (6,), parts, keep=None, maximize=False)
     assert np.isnan(found.scores).tolist() == [True, False, False]
     assert found.states[0] is None
-    assert gathered(DRAWN[:2], (6,), [([0, 1], Lost("gone"))], keep=1, maximize=False).best is None
+    assert gathered(drawn()[:2], (6,), [([0, 1], Lost("gone"))], keep=1, maximize=False).best is None
 
 
 class Backwards(Elsewhere):
@@ -234,7 +238,7 @@ def test_an_error_gives_up_the_leases():
 
 def test_what_needs_its_members_here_refuses_to_go_elsewhere():
     with pytest.raises(TypeError, match="needs them here"):
-        evolve(TRIAL, DRAWN[:2], SPACE, every=2, engine=Backwards(), **RUN)
+        evolve(TRIAL, drawn()[:2], SPACE, every=2, engine=Backwards(), **RUN)
 
 
 def test_a_stream_of_batches_travels():
@@ -396,13 +400,13 @@ def test_who_is_hired_stays_while_the_engine_is_open_and_what_travels_travels_on
     with engine_on(there) as engine:
         first = swept(engine)
         assert engine.workers == [("n0", 1000), ("n0", 1001)]
-        found = population(TRIAL, DRAWN, engine=engine, keep=2, **RUN)
+        found = population(TRIAL, drawn(), engine=engine, keep=2, **RUN)
         second = swept(engine)
         assert not there.killed
     assert len(there.made) == len(there.killed) == 2
     assert there.stored == [TRIAL, numbers_of]
     assert agree(first) == agree(second) == ["COMPLETE"] * 11
-    whole = population(TRIAL, DRAWN, engine=scanned(), keep=2, **RUN)
+    whole = population(TRIAL, drawn(), engine=scanned(), keep=2, **RUN)
     np.testing.assert_allclose(found.scores, whole.scores, rtol=1e-5)
     assert [state is None for state in found.states] == [state is None for state in whole.states]
     assert sum(int(each.split()[0]) for each in found.engines) == 11
@@ -413,7 +417,7 @@ def test_only_what_was_used_last_is_kept(engine_on):
     with engine_on(there) as engine:
         streams = [functools.partial(numbers_of) for _ in range(4)]
         for batches in [*streams, streams[0]]:
-            population(TRIAL, DRAWN[:2], engine=engine, **{**RUN, "batches": batches})
+            population(TRIAL, drawn()[:2], engine=engine, **{**RUN, "batches": batches})
         # The trial stayed, being used each time; the first batches had gone.
         assert [thing is TRIAL for thing in there.stored].count(True) == 1
         assert len(there.stored) == 6
@@ -447,7 +451,7 @@ def test_a_trial_that_kills_is_given_up_alone(engine_on):
     # Twice as a whole, and then halves of 4, 2 and 1.
     assert len(there.made) == 2 + 2 + 3
     with pytest.warns(RuntimeWarning, match=r"configurations \[4\] were given up: actors died over it"):
-        found = population(TRIAL, DRAWN, engine=engine_on(there), **RUN)
+        found = population(TRIAL, drawn(), engine=engine_on(there), **RUN)
     assert np.flatnonzero(np.isnan(found.scores)).tolist() == [4]
 
 
@@ -531,7 +535,7 @@ def test_those_who_never_start_are_not_waited_for_in_vain(engine_on):
 def test_an_engine_does_one_thing_at_a_time(engine_on):
     with engine_on(MadeUp([1])) as engine, engine.hands(TRIAL, {**RUN}):
         with pytest.raises(RuntimeError, match="at work for another"):
-            population(TRIAL, DRAWN, engine=engine, **RUN)
+            population(TRIAL, drawn(), engine=engine, **RUN)
         with pytest.raises(RuntimeError, match="open already"):
             engine.__enter__()
 
@@ -541,13 +545,13 @@ def test_what_an_engine_on_a_cluster_refuses(engine_on):
     with pytest.raises(RuntimeError, match=r"connected to the Ray cluster 10.0.0.1:6379, and the engine's address is 'local'"):
         swept(engine_on(there, address="local"))
     with pytest.raises(ValueError, match="devices are of this process"):
-        population(TRIAL, DRAWN, engine=engine_on(there), devices=jax.devices(), **RUN)
+        population(TRIAL, drawn(), engine=engine_on(there), devices=jax.devices(), **RUN)
     with pytest.raises(ValueError, match="no configuration"):
         population(TRIAL, [], engine=engine_on(there), **RUN)
     with pytest.raises(ValueError, match="numbers must be one for each of 11"):
-        population(TRIAL, DRAWN, engine=engine_on(there), numbers=[1], **RUN)
+        population(TRIAL, drawn(), engine=engine_on(there), numbers=[1], **RUN)
     with pytest.raises(TypeError, match="typed key"):
-        population(TRIAL, DRAWN, engine=engine_on(there), **{**RUN, "key": 3})
+        population(TRIAL, drawn(), engine=engine_on(there), **{**RUN, "key": 3})
     assert not there.made
 
 
