@@ -115,7 +115,7 @@ def evolve(
       every: how many steps lie between rungs.
       part: :math:`\rho`, at most one half.
       explore: `(random, dimension, value) -> value`; `perturb()` by default.
-      options: engine, memory, devices, static, save, as for `population`; `explore` must be pure but for its generator.
+      options: engine, memory, devices, static, shared, save, as for `population`; `explore` must be pure but for its generator.
 
     Returns:
       An `Evolved`: the result, and whose state each member went on from.

@@ -7,6 +7,7 @@ is found by tracing.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -14,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_lab.core.types import Array, PyTree
-from jaxopt_lab.search.trial import Trial, scalar_score, takes_config
+from jaxopt_lab.search.trial import Trial, scalar_score, sharing, takes_config
 
-__all__ = ["Group", "Member", "group", "strong"]
+__all__ = ["Group", "Member", "group", "shapes", "strong"]
 
 
 @dataclass(frozen=True)
@@ -59,21 +60,21 @@ class Member:
             raise ValueError(f"the configuration {config} needs another program than the one that it is to go on with")
         return [flat.leaves[i] for i in self.positions]
 
-    def init(self, key: Array, traced: Sequence[Array]) -> PyTree:
+    def init(self, key: Array, traced: Sequence[Array], shared: PyTree = None) -> PyTree:
         """The first state; every leaf an array of a strong type."""
-        return jax.tree.map(strong, self.trial.init(key, self.config(traced)))
+        return jax.tree.map(strong, sharing(self.trial.init, shared)(key, self.config(traced)))
 
-    def step(self, state: PyTree, batch: Any, traced: Sequence[Array]) -> tuple[PyTree, dict[str, Array]]:
+    def step(self, state: PyTree, batch: Any, traced: Sequence[Array], shared: PyTree = None) -> tuple[PyTree, dict[str, Array]]:
         """One step; the state keeps its structure, shapes and types, and metrics are float32."""
-        out = self.trial.step(state, batch, self.config(traced))
+        out = sharing(self.trial.step, shared)(state, batch, self.config(traced))
         if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], Mapping)):
             raise TypeError(f"step must return (state, metrics), metrics a dict; it returned a {type(out).__name__}")
         state = _as_before(state, out[0])
         return state, {name: jnp.asarray(value).astype(jnp.float32) for name, value in out[1].items()}
 
-    def evaluate(self, state: PyTree, traced: Sequence[Array]) -> Array:
+    def evaluate(self, state: PyTree, traced: Sequence[Array], shared: PyTree = None) -> Array:
         """The score, a float scalar."""
-        evaluate = self.trial.evaluate
+        evaluate = sharing(self.trial.evaluate, shared)
         return scalar_score(evaluate(state, self.config(traced)) if takes_config(evaluate) else evaluate(state))
 
 
@@ -105,7 +106,14 @@ class _Flat(NamedTuple):
 
 
 def group(
-    trial: Trial, configs: Sequence[Any], key: Array, batch: Any, *, static: Sequence[str] = (), most: int | None = 16
+    trial: Trial,
+    configs: Sequence[Any],
+    key: Array,
+    batch: Any,
+    *,
+    static: Sequence[str] = (),
+    most: int | None = 16,
+    shared: PyTree = None,
 ) -> list[Group]:
     """Sorts configurations into groups of one program each.
 
@@ -116,6 +124,7 @@ def group(
       batch: any batch of the run; only its shapes and types matter.
       static: paths of numbers that are part of the program even where they could be traced.
       most: how many values of a float that cannot be traced may each make a program of their own; None for any number.
+      shared: the arrays that all configurations share; only their shapes and types matter.
 
     Raises:
       TypeError: a leaf is of another kind, or the trial does not fit its contract.
@@ -138,7 +147,7 @@ def group(
     groups = []
     for indices in kinds.values():
         first = flat[indices[0]]
-        needed = _needed(trial, first, key, batch)
+        needed = _needed(trial, first, key, batch, shared)
         for i, reason in needed.items():
             values = {flat[index].leaves[i] for index in indices}
             if most is not None and len(values) > most and any(isinstance(value, float) for value in values):
@@ -154,6 +163,29 @@ def group(
             columns = tuple(_column([flat[index].leaves[i] for index in members], first.paths[i]) for i in traced)
             groups.append(Group(Member(trial, first.treedef, program, traced), np.array(members), columns))
     return groups
+
+
+def shapes(member: Member, key: Array, batch: Any, traced: Sequence[Array], shared: PyTree = None) -> tuple[PyTree, PyTree]:
+    """The state and the metrics of a member as shapes and types, from a trace of all its functions; equal members are traced once.
+
+    >>> trial = Trial(lambda key, config: jnp.zeros(3), lambda state, batch, config: (state, {"one": 1}), jnp.sum)
+    >>> member = group(trial, [{}], jax.random.key(0), {})[0].member
+    >>> shapes(member, jax.random.key(0), {}, ())
+    (ShapeDtypeStruct(shape=(3,), dtype=float32), {'one': ShapeDtypeStruct(shape=(), dtype=float32)})
+    """
+    leaves, treedef = jax.tree.flatten((key, batch, tuple(traced), shared))
+    return _shapes(member, treedef, tuple(map(jax.typeof, leaves)), jax.config.jax_enable_x64)
+
+
+@lru_cache(maxsize=256)
+def _shapes(member: Member, treedef: Any, types: tuple[Any, ...], x64: bool) -> tuple[PyTree, PyTree]:
+    def whole(key, batch, traced, shared):
+        first = member.init(key, traced, shared)
+        state, metrics = member.step(first, batch, traced, shared)
+        return first, metrics, member.evaluate(state, traced, shared)
+
+    args = [jax.ShapeDtypeStruct(each.shape, each.dtype, weak_type=each.weak_type) for each in types]
+    return jax.eval_shape(whole, *jax.tree.unflatten(treedef, args))[:2]
 
 
 def _flat(config: Any, index: int, static: Sequence[str]) -> _Flat:
@@ -178,18 +210,13 @@ def _column(values: Sequence[Any], path: str) -> np.ndarray:
     return np.stack([np.asarray(value, dtype) for value in values])
 
 
-def _needed(trial: Trial, flat: _Flat, key: Array, batch: Any) -> dict[int, Exception]:
+def _needed(trial: Trial, flat: _Flat, key: Array, batch: Any, shared: PyTree) -> dict[int, Exception]:
     """The numbers whose values the program needs when it is traced, by position, and what it raised."""
 
     def raised(traced: Sequence[int]) -> Exception | None:
         member = Member(trial, flat.treedef, flat.program(traced), tuple(traced))
-
-        def whole(key, batch, values):
-            state, _ = member.step(member.init(key, values), batch, values)
-            return member.evaluate(state, values)
-
         try:
-            jax.eval_shape(whole, key, batch, [_column([flat.leaves[i]], flat.paths[i])[0] for i in traced])
+            shapes(member, key, batch, tuple(_column([flat.leaves[i]], flat.paths[i])[0] for i in traced), shared)
         except Exception as error:
             return error
         return None

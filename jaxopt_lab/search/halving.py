@@ -72,7 +72,7 @@ def successive_halving(
       least: the fewest steps before anything is dropped.
       rungs: the steps after which some are dropped; None for those of `halving_rungs`.
       keep: how many of the best states to return; None for all that took every step.
-      options: engine, memory, devices, static, save, as for `population`. All states that are alive must fit into memory.
+      options: engine, memory, devices, static, shared, save, as for `population`. All states that are alive must fit into memory.
 
     Returns:
       A `Result`; `curves` is NaN where a configuration had been dropped, and `best` is among those that took every step.

@@ -5,12 +5,13 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_lab.core import tracing
-from jaxopt_lab.core.types import Array
+from jaxopt_lab.core.types import Array, PyTree
 from jaxopt_lab.search.engines import Engine, Programs, looped, programs, scanned, vmapped
-from jaxopt_lab.search.grouping import Group, Member
+from jaxopt_lab.search.grouping import Group, shapes
 from jaxopt_lab.train.stepping import worth_compiling
 
 __all__ = ["Start", "bytes_of_memory", "chosen", "split"]
@@ -31,20 +32,45 @@ class Start:
       key: of the whole population.
       numbers: `[n]`, what each of its members folds into the key.
       block: batches `[length, ...]`.
+      steps: how many are ahead of each member.
       devices: where they run.
+      shared: arrays that all members share, on the devices.
       state: the shapes and types of one member's state.
+      member_bytes: what one member takes while others are run.
+      shared_bytes: what `shared` takes on each device.
     """
 
-    def __init__(self, group: Group, key: Array, numbers: np.ndarray, block: Any, length: int, devices: tuple[Any, ...]):
-        self.group, self.key, self.numbers, self.devices = group, key, numbers, devices
-        self.block, self.length = block, length
-        example = jax.tree.map(lambda x: x[0], block)
-        traced = [column[0] for column in group.traced]
-        self.state = state = jax.eval_shape(group.member.init, key, traced)
-        self.metrics = jax.eval_shape(group.member.step, state, example, traced)[1]
-        self.macs = _macs(group.member, state, example, traced)
-        self.state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-        self.leaves = len(jax.tree.leaves((state, self.metrics, example)))
+    def __init__(
+        self,
+        group: Group,
+        key: Array,
+        numbers: np.ndarray,
+        block: Any,
+        length: int,
+        steps: int,
+        devices: tuple[Any, ...],
+        shared: PyTree = None,
+    ):
+        self.group, self.key, self.numbers, self.devices, self.shared = group, key, numbers, devices, shared
+        self.block, self.length, self.steps = block, length, steps
+        self._batch = jax.tree.map(lambda x: x[0], block)
+        self._traced = tuple(column[0] for column in group.traced)
+        self.state, self.metrics = shapes(group.member, key, self._batch, self._traced, shared)
+        self.member_bytes = _nbytes((self.state, self.metrics, self._traced))
+        self.shared_bytes = _nbytes(shared)
+
+    @property
+    def leaves(self) -> int:
+        """How many arrays a step takes and gives."""
+        return len(jax.tree.leaves((self.state, self.metrics, self._batch)))
+
+    @property
+    def macs(self) -> int | None:
+        """The multiplications of a step; None where they cannot be counted, as with compressed leaves."""
+        try:
+            return tracing.count(self.group.member.step, self.state, self._batch, self._traced, self.shared).macs
+        except (TypeError, ValueError, NotImplementedError):
+            return None
 
     def parts(self, engine: Engine) -> list[np.ndarray]:
         """Positions in the group, of those that one call runs: as many each, the last filled up by repeating its last."""
@@ -54,13 +80,32 @@ class Start:
         """The programs, the states, the sums of the metrics and the traced leaves of some members at their beginning."""
         run = programs(self.group.member, engine, self.devices)
         traced = jax.device_put(tuple(column[rows] for column in self.group.traced), run.place)
-        states = run.init(self.key, jax.device_put(self.numbers[self.group.indices[rows]].astype(np.uint32), run.place), traced)
-        return run, states, self.sums(run, len(rows)), traced
+        numbers = jax.device_put(self.numbers[self.group.indices[rows]].astype(np.uint32), run.place)
+        return run, run.init(self.key, numbers, traced, self.shared), self.sums(run, len(rows)), traced
 
     def sums(self, run: Programs, count: int) -> dict[str, Array]:
         """Sums of metrics before the first step."""
         zeros = {name: np.zeros((count, *leaf.shape), np.float32) for name, leaf in self.metrics.items()}
         return jax.device_put(zeros, run.place)
+
+    def working_bytes(self, engine: Engine, *, evaluation: bool = True) -> int:
+        """What a call takes on each device besides the members and what they share: that of a step, or of an evaluation.
+
+        A compiled program says so before it runs; these are the ones that run.
+        """
+        run, count = programs(self.group.member, engine, self.devices), len(self.parts(engine)[0])
+
+        def together(x):
+            return jax.ShapeDtypeStruct((count, *jnp.shape(x)), jnp.result_type(x), sharding=run.place)
+
+        states, sums, traced = jax.tree.map(together, (self.state, self.metrics, self._traced))
+        taken = [run.evaluate.working_bytes(states, traced, self.shared)] if evaluation else [0]
+        if self.steps and engine.compiled:
+            needed = run.advance.working_bytes(states, sums, self.block, np.int32(0), traced, self.shared)
+            taken.append(_nbytes(self.block) + needed)
+        elif self.steps:
+            taken.append(_nbytes(self._batch) + run.step.working_bytes(states, sums, self._batch, traced, self.shared))
+        return max(taken)
 
 
 def split(count: int, devices: int, engine: Engine) -> list[np.ndarray]:
@@ -84,33 +129,33 @@ def bytes_of_memory(device: Any) -> int:
     return _MEMORY_ON_CPU if limit is None else limit * 4 // 5
 
 
-def chosen(start: Start, engine: Engine | None, steps: int, memory: int) -> Engine:
+def chosen(start: Start, engine: Engine | None, memory: int) -> Engine:
     """The engine that runs a group fastest, as measured; of one that is given, the width that fits.
 
     Args:
       start: the group.
       engine: None to measure.
-      steps: how many steps are ahead of each member.
       memory: bytes on each device.
 
     Raises:
       ValueError: not even a single member fits.
 
-    >>> print(chosen(None, vmapped(8), steps=100, memory=1 << 30))
+    >>> print(chosen(None, vmapped(8), memory=1 << 30))
     vmapped(8)
     """
     if engine is not None:
         return engine if engine.width is not None else _fitting(start, engine, memory)
-    work = steps * -(-len(start.group.indices) // len(start.devices))
+    work = start.steps * -(-len(start.group.indices) // len(start.devices))
     most = worth_compiling(start.leaves)
     # An accelerator is to be filled whatever a step takes.
-    products = 0.0 if start.devices[0].platform != "cpu" else None if start.macs is None else start.macs * _S_PER_MAC
+    macs = start.macs if start.devices[0].platform == "cpu" else 0
+    products = None if macs is None else macs * _S_PER_MAC
     if products is not None and products > most:
         # A compiled loop would save next to nothing, and slows convolutions down.
         return looped()
 
     def wide():
-        return _fitting(start, vmapped(), memory)
+        return _fitting(start, vmapped(), memory, evaluation=False)
 
     # Where the products of a step take less than its dispatch, a tenth of the most, a Python loop is not worth a look.
     small = products is not None and products < most / 10
@@ -125,32 +170,31 @@ def chosen(start: Start, engine: Engine | None, steps: int, memory: int) -> Engi
         built = ready - begin
         if pace < best:
             best, engine = pace, other
-    return engine
+    # What evaluates them is compiled of the engine that is taken alone.
+    return engine if engine.width == 1 else _fitting(start, engine, memory)
 
 
-def _fitting(start: Start, engine: Engine, memory: int) -> Engine:
-    """The engine as wide as memory, and what is worth it, allow."""
-    most = _WIDTH_ON_CPU if start.devices[0].platform == "cpu" else _WIDTH
-    width = min(most, -(-len(start.group.indices) // len(start.devices)), max(memory // max(2 * start.state_bytes, 1), 1))
+def _fitting(start: Start, engine: Engine, memory: int, *, evaluation: bool = True) -> Engine:
+    """The engine as wide as memory, and what is worth it, allow; no wider than it is."""
+    most = engine.width or (_WIDTH_ON_CPU if start.devices[0].platform == "cpu" else _WIDTH)
+    width = min(most, -(-len(start.group.indices) // len(start.devices)), max(memory // max(2 * start.member_bytes, 1), 1))
     while True:
         # Spread evenly over as many turns as it takes.
         width = len(start.parts(vmapped(width))[0]) // len(start.devices)
         tried = vmapped(width, compiled=engine.compiled)
-        run, states, sums, traced = start.begin(tried, start.parts(tried)[0])
-        taken = run.advance.nbytes(states, sums, start.block, np.int32(0), traced)
+        taken = start.shared_bytes + width * start.member_bytes + start.working_bytes(tried, evaluation=evaluation)
         if taken <= memory:
             return tried
         if width == 1:
-            raise ValueError(f"a single member takes {taken:,} bytes, and memory is {memory:,}: give it more, or a smaller batch")
+            raise ValueError(
+                f"a single member takes {taken:,} bytes, {start.shared_bytes:,} of them shared by all, and memory is {memory:,}: "
+                "give it more, or a smaller batch, or evaluate on fewer rows at a time"
+            )
         width = max(min(width - 1, int(width * memory / taken)), 1)
 
 
-def _macs(member: Member, state: Any, batch: Any, traced: Any) -> int | None:
-    """The multiplications of a step; None where they cannot be counted, as with compressed leaves."""
-    try:
-        return tracing.count(member.step, state, batch, traced).macs
-    except (TypeError, ValueError, NotImplementedError):
-        return None
+def _nbytes(tree: PyTree) -> int:
+    return sum(math.prod(jnp.shape(x)) * jnp.result_type(x).itemsize for x in jax.tree.leaves(tree))
 
 
 def _timed(start: Start, engine: Engine) -> tuple[float, float]:
@@ -162,11 +206,12 @@ def _timed(start: Start, engine: Engine) -> tuple[float, float]:
 
     def go(states, sums, steps):
         if engine.compiled:
-            states, sums = run.advance(states, sums, start.block, np.int32(steps), traced)
+            states, sums = run.advance(states, sums, start.block, np.int32(steps), traced, start.shared)
         else:
             batch = jax.tree.map(lambda x: x[0], start.block)
+            step = run.step.compiled(states, sums, batch, traced, start.shared)
             for _ in range(steps):
-                states, sums = run.step(states, sums, batch, traced)
+                states, sums = step(states, sums, batch, traced, start.shared)
         return jax.block_until_ready((states, sums))
 
     states, sums = go(states, sums, 1)

@@ -1,7 +1,6 @@
 """Many configurations trained side by side: one compiled program for all that share their shapes."""
 
 import functools
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_lab.core.types import Array, PyTree
+from jaxopt_lab.data.blocks import block
 from jaxopt_lab.search import saved
 from jaxopt_lab.search.elsewhere import Elsewhere
-from jaxopt_lab.search.engines import Engine, Programs, programs
+from jaxopt_lab.search.engines import Engine, Programs, programs, replicated
 from jaxopt_lab.search.grouping import group
 from jaxopt_lab.search.pace import Start, bytes_of_memory, chosen, split
-from jaxopt_lab.search.trial import Result, Trial, check_trial, check_typed_key
+from jaxopt_lab.search.trial import Result, Trial, check_shared, check_trial, check_typed_key
 
 __all__ = ["population"]
 
@@ -39,6 +39,7 @@ def population(
     memory: int | None = None,
     devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
     static: Sequence[str] = (),
+    shared: PyTree = None,
     prune: Callable[[int, Mapping[int, float]], Collection[int]] | None = None,
     save: str | Path | None = None,
 ) -> Result:
@@ -61,23 +62,27 @@ def population(
       keep: how many of the best states to return; None for all.
       maximize: whether the best score is the largest.
       numbers: n integers to fold into the key instead of 0 ... n - 1.
-      memory: how many bytes on each device the states that are there at once may take, and how many a call of `vmapped()` may,
-        with all that a step needs; by default four fifths of an accelerator's own, and 2 GiB on a CPU. What does not fit is run in
-        turns, or narrower.
+      memory: how many bytes on each device may be taken at once: by the states that are there, by `shared`, and by what a step or
+        an evaluation needs besides, whichever needs more. By default four fifths of an accelerator's own, and 2 GiB on a CPU. What
+        does not fit is run in turns, their states in the host's memory when their turn is over, or narrower (`vmapped()`).
       devices: over which members are spread; the default device alone if None.
       static: paths of numbers that are part of the program even where they could be traced.
+      shared: a tree of arrays that all configurations share, such as a data set or a teacher's parameters. Each function of the
+        trial that has a parameter `shared` gets it, as an argument of its program, which lies on each device once; what a function
+        closes over becomes a constant of every program instead, to be compiled and kept with it.
       prune: `(step, scores) -> indices`, which is asked after each rung, with the scores by index of those that are trained, which
         to train no further; the others move together, and the best is one of those that took every step.
       save: a directory of this call's own in which its newest rung is kept. Killed, and made again, the call goes on from there, to
         the same bits where XLA compiles the same programs again (a CPU does; an accelerator measures which to take), and asks
-        `prune` of no rung that is kept. The functions must be the same, which cannot be checked; all else is. One process at a
-        time.
+        `prune` of no rung that is kept. The functions, and `shared`, must be the same, which is not checked; all else is. One
+        process at a time.
 
     Returns:
       A `Result`: scores `[n]`, states, curves and the best.
 
     Raises:
-      TypeError: the trial or a configuration is of another kind, or the evaluation is no number.
+      TypeError: the trial or a configuration is of another kind, the evaluation is no number, a leaf of `shared` is no array, or
+        there is `shared` without a function that takes it, or the other way round.
       ValueError: no configuration, a rung that is not before the end, a step that changes its state's shapes, a float that cannot
         be traced with more than 16 values, a directory that another call has begun or whose file is damaged.
 
@@ -98,6 +103,7 @@ def population(
     """
     marks = check_rungs(rungs, steps)
     options: dict[str, Any] = {"engine": engine, "numbers": numbers, "memory": memory, "devices": devices, "static": static}
+    options["shared"] = shared
     if isinstance(engine, Elsewhere):
         if prune is not None:
             raise ValueError(f"{engine} trains elsewhere, where prune cannot be asked; leave it out")
@@ -144,6 +150,7 @@ class Crew:
       engines: that of each group; `names` says which, and of how many.
       length: how many batches a block holds.
       memory: bytes on each device.
+      shared: what all share, on the devices.
       directory: where the newest rung is kept, if anywhere.
     """
 
@@ -160,12 +167,14 @@ class Crew:
         memory: int | None = None,
         devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
         static: Sequence[str] = (),
+        shared: PyTree = None,
         save: str | Path | None = None,
         decided: Mapping[str, Any] | None = None,
     ):
         # `decided` is what of the call besides decides what it comes to, by name.
         check_trial(trial)
         check_typed_key(key)
+        check_shared(trial, shared)
         if isinstance(engine, Elsewhere):
             raise TypeError(f"{engine} trains populations and sweeps; what compares its members as they train needs them here")
         if not len(configs):
@@ -175,27 +184,28 @@ class Crew:
         self.configs, self._batches = list(configs), batches
         devices = tuple(devices) if devices else (jnp.zeros(()).device,)
         asked = {**(decided or {}), "steps": int(steps), "engine": engine, "memory": memory, "devices": len(devices)}
-        self.memory = memory or bytes_of_memory(devices[0])
+        self.memory, self.shared = memory or bytes_of_memory(devices[0]), replicated(shared, devices)
         first = batches(0)
+        self._ahead: tuple[int, Any] | None = (0, first)
         self.length = max(min(_BLOCK, _BLOCK_BYTES // max(_nbytes(first), 1), steps), 1)
-        block, _ = self.stack(0, self.length)
+        stacked, _ = self.stack(0, self.length)
         own = np.arange(len(configs)) if numbers is None else np.asarray(numbers)
         if own.shape != (len(configs),):
             raise ValueError(f"numbers must be one for each of {len(configs)} configurations; their shape is {own.shape}")
-        self.starts = [
-            Start(each, key, own, block, self.length, devices) for each in group(trial, configs, key, first, static=static)
-        ]
+        groups = group(trial, configs, key, first, static=static, shared=self.shared)
+        self.starts = [Start(each, key, own, stacked, self.length, steps, devices, self.shared) for each in groups]
 
-        def choose() -> list[Engine]:
-            return [chosen(start, engine, steps, self.memory) for start in self.starts]
+        def choose() -> tuple[list[Engine], list[int]]:
+            engines = [chosen(start, engine, self.memory) for start in self.starts]
+            return engines, [start.working_bytes(each) for start, each in zip(self.starts, engines, strict=True)]
 
         self.directory = None
         if save is None:
-            self.engines = choose()
+            self.engines, self._working = choose()
         else:
             call = saved.fingerprint(asked, self.starts, self.configs, key, own.tolist(), first)
             self.directory = saved.opened(save, call, self.memory, choose)
-            self.engines, self.memory = self.directory.engines, self.directory.memory
+            self.engines, self.memory, self._working = self.directory[2:]
         self.names = [f"{len(s.group.indices)} {e}" for s, e in zip(self.starts, self.engines, strict=True)]
 
     def everyone(self) -> list[tuple[int, np.ndarray]]:
@@ -204,32 +214,23 @@ class Crew:
         return [(number, rows) for number, (start, engine) in pairs for rows in start.parts(engine)]
 
     def turns(self) -> list[list[tuple[int, np.ndarray]]]:
-        """The same in turns, each of which memory holds all states of."""
-        turns, taken = [], math.inf
+        """The same in turns, each of which memory holds all states of, and what the dearest of their calls needs."""
+        turns, taken, working = [], 0, 0
         for number, rows in self.everyone():
-            start = self.starts[number]
-            nbytes = start.state_bytes * len(rows) // len(start.devices)
-            if taken + nbytes > self.memory:
+            start, needed = self.starts[number], self._working[number]
+            own = start.member_bytes * len(rows) // len(start.devices)
+            if not turns or start.shared_bytes + taken + own + max(working, needed) > self.memory:
                 turns.append([])
-                taken = 0
+                taken = working = 0
             turns[-1].append((number, rows))
-            taken += nbytes
+            taken, working = taken + own, max(working, needed)
         return turns
 
     def stack(self, at: int, count: int) -> tuple[Any, int]:
         """Batches from a step on, filled up to the length of a block, and how many of them count."""
-        stack = getattr(self._batches, "stack", None)
-        if stack is not None:
-            block = stack(at, count)
-        else:
-            each = [self._batches(at + k) for k in range(count)]
-            shapes = [jax.tree.map(np.shape, batch) for batch in each]
-            # The first of another size begins the next block.
-            same = next((k for k, shape in enumerate(shapes) if shape != shapes[0]), count)
-            block = jax.tree.map(lambda *leaves: np.stack(leaves), *each[:same])
-        count = len(jax.tree.leaves(block)[0]) if jax.tree.leaves(block) else count
+        stacked, count, self._ahead = block(self._batches, at, count, self._ahead)
         missing = self.length - count
-        return jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], missing, axis=0)]) if missing else x, block), count
+        return jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], missing, axis=0)]) if missing else x, stacked), count
 
 
 class Record:
@@ -361,8 +362,8 @@ class Members:
             return
         self.keep()
         while self.at < until:
-            block, count = self._crew.stack(self.at, min(self._crew.length, until - self.at))
-            self._parts = [_advanced(part, block, count) for part in self._parts]
+            stacked, count = self._crew.stack(self.at, min(self._crew.length, until - self.at))
+            self._parts = [_advanced(part, stacked, count, self._crew.shared) for part in self._parts]
             self.at += count
 
     def evaluate(self) -> None:
@@ -370,7 +371,7 @@ class Members:
         if self.known:
             return
         for part in self._parts:
-            scores, sums = jax.device_get((part.run.evaluate(part.states, part.traced), part.sums))
+            scores, sums = jax.device_get((part.run.evaluate(part.states, part.traced, self._crew.shared), part.sums))
             means = {name: value / max(self.at - self._since, 1) for name, value in sums.items()}
             self._record.write(self.at, part.indices, scores, means)
         self._parts = [part._replace(sums=jax.tree.map(jnp.zeros_like, part.sums)) for part in self._parts]
@@ -436,6 +437,8 @@ class Members:
         if away:
             for index, state in states.items():
                 states[index] = functools.partial(lambda state: state, _stowed(state()))
+            # Or they would be there still while the next are made.
+            self._parts = []
 
 
 def ranked(scores: np.ndarray, maximize: bool) -> list[int]:
@@ -455,13 +458,16 @@ def _placed(start: Start, kept: saved.Together) -> _Part:
     return _Part(kept.number, kept.indices, kept.engine, run, states, start.sums(run, len(kept.indices)), traced)
 
 
-def _advanced(part: _Part, block: Any, count: int) -> _Part:
+def _advanced(part: _Part, stacked: Any, count: int, shared: PyTree) -> _Part:
     if part.engine.compiled:
-        states, sums = part.run.advance(part.states, part.sums, block, np.int32(count), part.traced)
+        states, sums = part.run.advance(part.states, part.sums, stacked, np.int32(count), part.traced, shared)
         return part._replace(states=states, sums=sums)
-    states, sums = part.states, part.sums
+    states, sums, step = part.states, part.sums, None
     for k in range(count):
-        states, sums = part.run.step(states, sums, jax.tree.map(lambda x: x[k], block), part.traced)  # noqa: B023
+        batch = jax.tree.map(lambda x: x[k], stacked)  # noqa: B023
+        # They are all of one shape, which need not be looked at each time.
+        step = step or part.run.step.compiled(states, sums, batch, part.traced, shared)
+        states, sums = step(states, sums, batch, part.traced, shared)
         if k % _IN_FLIGHT == _IN_FLIGHT - 1:
             jax.block_until_ready(sums)
     return part._replace(states=states, sums=sums)

@@ -26,7 +26,7 @@ from jaxopt_lab.search.pace import Start
 
 __all__ = ["Directory", "Kept", "Together", "fingerprint", "opened", "read", "write"]
 
-_FORMAT = 1
+_FORMAT = 2
 _SHOWN = 160
 
 
@@ -38,12 +38,14 @@ class Directory(NamedTuple):
       call: the digest of what was asked for and chosen, which each of its files carries.
       engines: that of each group.
       memory: bytes on each device, by which members take turns.
+      working: bytes that a call of each group needs of them besides its members.
     """
 
     path: Path
     call: str
     engines: list[Engine]
     memory: int
+    working: list[int]
 
 
 class Together(NamedTuple):
@@ -107,14 +109,16 @@ def fingerprint(
     }
 
 
-def opened(path: str | Path, call: Mapping[str, list[str]], memory: int, choose: Callable[[], list[Engine]]) -> Directory:
+def opened(
+    path: str | Path, call: Mapping[str, list[str]], memory: int, choose: Callable[[], tuple[list[Engine], list[int]]]
+) -> Directory:
     """The directory of a call: what was chosen when it was begun holds, and else is chosen now and kept.
 
     Args:
       path: where it is, or is to be.
       call: the `fingerprint` of the call.
       memory: bytes on each device.
-      choose: gives an engine for each group.
+      choose: gives an engine for each group, and how many bytes a call of it needs besides its members.
 
     Raises:
       NotADirectoryError: the path is something else.
@@ -122,9 +126,9 @@ def opened(path: str | Path, call: Mapping[str, list[str]], memory: int, choose:
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as directory:
-    ...     first = opened(directory, {"steps": ["3"]}, 64, lambda: [Engine(2)])
-    ...     print(first.engines[0], opened(directory, {"steps": ["3"]}, 32, lambda: [Engine(4)]) == first)
-    ...     opened(directory, {"steps": ["4"]}, 64, lambda: [Engine(2)])
+    ...     first = opened(directory, {"steps": ["3"]}, 64, lambda: ([Engine(2)], [8]))
+    ...     print(first.engines[0], opened(directory, {"steps": ["3"]}, 32, lambda: ([Engine(4)], [16])) == first)
+    ...     opened(directory, {"steps": ["4"]}, 64, lambda: ([Engine(2)], [8]))
     Traceback (most recent call last):
       ...
     ValueError: /... was begun by another call: steps was 3 and is 4; make that call again, or give this one a directory of its own
@@ -140,18 +144,18 @@ def opened(path: str | Path, call: Mapping[str, list[str]], memory: int, choose:
     file = path / "call.packed"
     if file.exists():
         tree = _loaded(file, f"delete {path} to begin anew, or put back a copy of it")
-        if not isinstance(tree, dict) or set(tree) != {"call", "engines", "memory"}:
+        if not isinstance(tree, dict) or not set(tree) >= {"call", "engines", "memory"}:
             raise ValueError(f"{file} is no file of a population; give save a directory of its own")
         if differing := _differing(tree["call"], call):
             raise ValueError(
                 f"{path} was begun by another call: {differing}; make that call again, or give this one a directory of its own"
             )
-        engines, memory = [Engine(*each) for each in tree["engines"]], tree["memory"]
+        engines, memory, working = [Engine(*each) for each in tree["engines"]], tree["memory"], tree["working"]
     else:
-        engines = choose()
-        save_packed(file, {"call": dict(call), "engines": _pairs(engines), "memory": memory})
-    digest = hashlib.sha256(json.dumps([call, _pairs(engines), memory], sort_keys=True).encode()).hexdigest()
-    return Directory(path, digest, engines, memory)
+        engines, working = choose()
+        save_packed(file, {"call": dict(call), "engines": _pairs(engines), "memory": memory, "working": working})
+    digest = hashlib.sha256(json.dumps([call, _pairs(engines), memory, working], sort_keys=True).encode()).hexdigest()
+    return Directory(path, digest, engines, memory, working)
 
 
 def write(directory: Directory, turn: int, members: Sequence[int], kept: Kept) -> None:
@@ -169,7 +173,7 @@ def write(directory: Directory, turn: int, members: Sequence[int], kept: Kept) -
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as path:
-    ...     directory = opened(path, {"steps": ["3"]}, 64, lambda: [])
+    ...     directory = opened(path, {"steps": ["3"]}, 64, lambda: ([], []))
     ...     write(directory, 0, [0, 1], Kept(2, {}, []))
     ...     sorted(file.name for file in directory.path.iterdir())
     ['call.packed', 'turn-0.packed']
@@ -202,7 +206,7 @@ def read(directory: Directory, turn: int, members: Sequence[int], starts: Sequen
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as path:
-    ...     directory = opened(path, {"steps": ["3"]}, 64, lambda: [])
+    ...     directory = opened(path, {"steps": ["3"]}, 64, lambda: ([], []))
     ...     write(directory, 0, [0], Kept(2, {2: {"seen": np.array([True]), "scores": np.array([0.1]), "metrics": {}}}, []))
     ...     read(directory, 1, [0], []), read(directory, 0, [0], []).rows[2]["scores"]
     (None, array([0.1]))

@@ -75,7 +75,7 @@ def sweep(
       lease: for how many seconds a trial belongs to the process that asked for it, counted anew while it is trained.
       prune: whether the study's pruner is asked at each rung which trials to give up, of all that the storage knows: with
         `optuna.pruners.SuccessiveHalvingPruner` that is ASHA. What goes on moves together, on the device.
-      options: as for `population`: engine, memory, devices, static. `engine=ray(...)` asks for `together` trials for each actor.
+      options: engine, memory, devices, static, shared, as for `population`; `engine=ray(...)` asks for `together` trials an actor.
 
     Returns:
       How many trials this process ran. Others that run elsewhere still may be unfinished.

@@ -1,5 +1,6 @@
 """A trial is three pure functions of a configuration; what a population of them comes to."""
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +22,9 @@ class Trial(NamedTuple):
       step: `(state, batch, config) -> (state, metrics)`; metrics is a dict of arrays, and may be empty. A step of
         `train.make_step` becomes one by building the chain from the configuration inside of it.
       evaluate: `state -> scalar`, or `(state, config) -> scalar`, which a population is ranked by.
+
+    Each may have a last parameter `shared` besides: `step(state, batch, config, shared)`. It is what `population(..., shared=)` was
+    given: a data set, the parameters of a teacher. What a function closes over is written into every program instead.
     """
 
     init: Callable[[Array, Any], PyTree]
@@ -52,14 +56,31 @@ class Result(NamedTuple):
     engines: tuple[str, ...]
 
 
-def takes_config(evaluate: Callable[..., Any]) -> bool:
-    """Whether an evaluation asks for the configuration beside the state."""
+def takes_config(evaluate: Callable[..., Any], *, beside: int = 1) -> bool:
+    """Whether an evaluation asks for the configuration beside the state, or beside so many arguments."""
     try:
         parameters = inspect.signature(evaluate).parameters.values()
     except (TypeError, ValueError):
         return False
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty]
-    return len(positional) > 1
+    return len(positional) > beside
+
+
+def takes_shared(function: Callable[..., Any]) -> bool:
+    """Whether a function has a parameter `shared`."""
+    try:
+        return "shared" in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def sharing(function: Callable[..., Any], shared: PyTree) -> Callable[..., Any]:
+    """A function of a trial with what all configurations share filled in, if it takes that and there is any.
+
+    >>> sharing(lambda state, shared: state * shared, 3)(2), sharing(lambda state: state, 3)(2)
+    (6, 2)
+    """
+    return functools.partial(function, shared=shared) if shared is not None and takes_shared(function) else function
 
 
 def scalar_score(value: Any) -> Array:
@@ -90,6 +111,16 @@ def check_trial(trial: Any) -> None:
     for name, part in zip(trial._fields, trial, strict=True):
         if not callable(part):
             raise TypeError(f"trial.{name} must be a function; got {type(part).__name__}")
+
+
+def check_shared(trial: Trial, shared: PyTree) -> None:
+    """Refuses what no function of a trial takes, and a function that takes what is not there."""
+    taking = [name for name, part in zip(trial._fields, trial, strict=True) if takes_shared(part)]
+    if shared is not None and not taking:
+        raise TypeError("shared is given, and none of init, step and evaluate has a parameter `shared`; add it, or leave it out")
+    for name in taking if shared is None else ():
+        if inspect.signature(getattr(trial, name)).parameters["shared"].default is inspect.Parameter.empty:
+            raise TypeError(f"trial.{name} takes shared, and there is none; give shared=...")
 
 
 def check_typed_key(key: Any) -> None:

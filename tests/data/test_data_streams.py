@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jaxopt_lab import data
+from jaxopt_lab.data.blocks import block
 from jaxopt_lab.schedules import piecewise_batch
 
 ARRAYS = {"x": np.arange(20, dtype=np.float32).reshape(10, 2), "y": np.arange(10)}
@@ -134,3 +135,32 @@ def test_bad_streams_are_named(make, message):
     with pytest.raises(ValueError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+def test_a_block_is_the_batches_of_its_steps_each_asked_for_once():
+    plan = piecewise_batch([2, 5], [4])
+    stream, asked = data.batches(ARRAYS, plan, seed=1), []
+
+    def own(step):
+        asked.append(step)
+        return stream(step)
+
+    def blocks(batches):
+        at, ahead, found = 1, None, []
+        while at < 7:
+            each = block(batches, at, min(4, 7 - at), ahead)
+            assert each.count == len(each.batches["x"])
+            found.append(each.batches)
+            at, ahead = at + each.count, each.ahead
+        return found
+
+    mine, its = blocks(own), blocks(stream)
+    assert asked == [1, 2, 3, 4, 5, 6]
+    assert [each["x"].shape for each in mine] == [(3, 2, 2), (3, 5, 2)] == [each["x"].shape for each in its]
+    for one, other in zip(mine, its, strict=True):
+        for key, array in ARRAYS.items():
+            np.testing.assert_array_equal(one[key], other[key])
+            assert one[key].dtype == array.dtype
+    # What was handed on counts for its own step alone, and a batch may hold nothing.
+    assert block(own, 2, 1, (1, None)).batches["y"].tolist() == [stream(2)["y"].tolist()]
+    assert block(lambda step: {}, 5, 3) == ({}, 3, None)

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from jaxopt_lab import schedules
+from jaxopt_lab.search import pace
 from jaxopt_lab.search.engines import looped, scanned, vmapped
 from jaxopt_lab.search.evolution import evolve, perturb
 from jaxopt_lab.search.grouping import group
@@ -127,8 +128,7 @@ def test_the_same_trial_compiles_once():
     population(TRIAL, CONFIGS[:2], **options)
     TRACES.clear()
     population(TRIAL, CONFIGS[2:], **options)
-    # To find what can be traced, what the metrics are and how many multiplications there are; nothing is compiled.
-    assert len(TRACES) <= 3
+    assert TRACES == []
 
 
 def test_what_needs_its_value_makes_a_group_and_the_rest_is_data():
@@ -202,12 +202,18 @@ def test_batches_may_change_their_size():
     np.testing.assert_allclose(*each, rtol=1e-4)
 
 
+def room_of(engine, members, evaluation=True, trial=TRIAL):
+    """What so many members take on the device, with what the dearest of the engine's calls needs besides."""
+    start = Crew(trial, CONFIGS[:4], KEY, batches, STEPS, engine=engine).starts[0]
+    return members * start.member_bytes + start.working_bytes(engine, evaluation=evaluation)
+
+
 def test_memory_bounds_what_is_there_at_once():
     whole = population(TRIAL, CONFIGS, key=KEY, batches=batches, steps=STEPS, engine=scanned(), keep=2)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(whole.states[whole.best]))
-    crew = Crew(TRIAL, CONFIGS, KEY, batches, STEPS, engine=scanned(), memory=2 * size)
-    assert [len(turn) for turn in crew.turns()] == [2, 2, 1]
-    some = population(TRIAL, CONFIGS, key=KEY, batches=batches, steps=STEPS, engine=scanned(), keep=2, memory=2 * size)
+    room = room_of(scanned(), 2)
+    crews = [Crew(TRIAL, CONFIGS, KEY, batches, STEPS, engine=scanned(), memory=memory) for memory in (room, room - 1)]
+    assert [[len(turn) for turn in crew.turns()] for crew in crews] == [[2, 2, 1], [1] * 5]
+    some = population(TRIAL, CONFIGS, key=KEY, batches=batches, steps=STEPS, engine=scanned(), keep=2, memory=room)
     np.testing.assert_array_equal(some.scores, whole.scores)
     kept = [index for index, state in enumerate(some.states) if state is not None]
     assert kept == sorted(np.argsort(whole.scores)[:2].tolist())
@@ -215,17 +221,59 @@ def test_memory_bounds_what_is_there_at_once():
 
 
 def test_the_width_is_what_fits():
-    def taken(width):
-        crew = Crew(TRIAL, CONFIGS[:4], KEY, batches, STEPS, engine=vmapped(width))
-        start = crew.starts[0]
-        run, states, sums, traced = start.begin(vmapped(width), start.parts(vmapped(width))[0])
-        return run.advance.nbytes(states, sums, start.block, np.int32(0), traced)
-
     for width in (1, 2, 4):
-        crew = Crew(TRIAL, CONFIGS[:4], KEY, batches, STEPS, engine=vmapped(), memory=taken(width))
+        crew = Crew(TRIAL, CONFIGS[:4], KEY, batches, STEPS, engine=vmapped(), memory=room_of(vmapped(width), width))
         assert crew.engines[0].width == width
+        assert len(crew.turns()) == 4 // width
     with pytest.raises(ValueError, match="a single member takes"):
-        Crew(TRIAL, CONFIGS, KEY, batches, STEPS, engine=vmapped(), memory=taken(1) - 1)
+        Crew(TRIAL, CONFIGS, KEY, batches, STEPS, engine=vmapped(), memory=room_of(vmapped(1), 1) - 1)
+
+
+@pytest.mark.parametrize("engine", [vmapped(), vmapped(compiled=False), None], ids=["vmapped", "in a Python loop", "measured"])
+def test_an_evaluation_that_needs_more_than_a_step_narrows_the_width(engine, monkeypatch):
+    monkeypatch.setattr(pace, "worth_compiling", lambda arrays: float("inf"))
+    monkeypatch.setattr(pace, "_timed", lambda start, engine: (1.0 / engine.width, 0.0))  # Of those measured, the widest.
+    size = 256
+
+    def costly(state):
+        square = jnp.outer(jnp.arange(size), jnp.arange(size)) * state["params"]["out"].sum()
+        return jnp.sort(square @ square, axis=0).sum()
+
+    trial, compiled = TRIAL._replace(evaluate=costly), engine is None or engine.compiled
+    memory = room_of(vmapped(4, compiled=compiled), 4) + 3 * 4 * size**2
+    widths = [
+        Crew(each, CONFIGS[:4], KEY, batches, STEPS, engine=engine, memory=memory).engines[0].width for each in (TRIAL, trial)
+    ]
+    # The product alone, of each of four, is more than there is room for.
+    assert widths[0] == 4 > widths[1]
+    start = Crew(trial, CONFIGS[:4], KEY, batches, STEPS, engine=vmapped(4)).starts[0]
+    assert start.working_bytes(vmapped(4), evaluation=False) <= memory - 4 * start.member_bytes < start.working_bytes(vmapped(4))
+
+
+def test_what_an_evaluation_needs_makes_turns_shorter():
+    trial = TRIAL._replace(evaluate=lambda state: jnp.sort(jnp.arange(1 << 18) * state["params"]["out"].sum()).sum())
+    memory = room_of(scanned(), 4) + (1 << 19)
+    crews = [Crew(each, CONFIGS[:4], KEY, batches, STEPS, engine=scanned(), memory=memory) for each in (TRIAL, trial)]
+    assert [len(crew.turns()) for crew in crews] == [1, 4]
+
+
+def test_the_states_of_a_turn_are_gone_before_those_of_the_next_are_there():
+    seen = []
+
+    def watching(step):
+        seen.append(sum(each.shape == (1, 1789) for each in jax.live_arrays()))
+        return {}
+
+    trial = Trial(lambda key, c: jnp.full(1789, c["rate"]), lambda state, batch, c: (state + 1, {}), jnp.sum)
+    configs = [{"rate": 0.1 * k} for k in range(6)]
+    start = Crew(trial, configs, KEY, lambda step: {}, 2, engine=scanned()).starts[0]
+    room = 2 * start.member_bytes + start.working_bytes(scanned())
+    options = {"key": KEY, "batches": watching, "steps": 2, "engine": scanned(), "keep": 0}
+    found = population(trial, configs, **options, memory=room)
+    np.testing.assert_allclose(found.scores, [1789 * (0.1 * k + 2) for k in range(6)], rtol=1e-5)
+    # Once to find the shapes, and then two steps of each turn.
+    assert max(seen) == 2
+    assert len(seen) >= 7
 
 
 def test_a_float_that_cannot_be_traced_is_named():

@@ -111,14 +111,18 @@ def trained(save, batches, configs=CONFIGS, **options):
 
 
 @functools.cache
-def two_states():
+def room_for_two():
+    """Two states of either group, with what a call needs."""
     crew = Crew(TRIAL, CONFIGS, batches=Batches(), engine=scanned(), **RUN)
-    return 2 * max(start.state_bytes for start in crew.starts)
+    return max(2 * start.member_bytes + start.working_bytes(scanned()) for start in crew.starts)
 
 
 def in_turns(save, batches):
-    found = trained(save, batches, engine=scanned(), memory=two_states(), keep=2)
-    assert save is None or len([*Path(save).glob("turn-*.packed")]) == 4
+    options = {"engine": scanned(), "memory": room_for_two()}
+    found = trained(save, batches, keep=2, **options)
+    turns = len(Crew(TRIAL, CONFIGS, batches=Batches(), **options, **RUN).turns())
+    assert turns > 2
+    assert save is None or len([*Path(save).glob("turn-*.packed")]) == turns
     return found
 
 

@@ -1,6 +1,7 @@
 """Cross-validation: against plain loops over folds, nested, folds of unequal size, what is compiled, bad input."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,6 @@ from sklearn.model_selection import TimeSeriesSplit
 
 from jaxopt_lab import data, losses, nets, train
 from jaxopt_lab.search.engines import looped, scanned, vmapped
-from jaxopt_lab.search.selection import held_out
 from jaxopt_lab.search.selection.cross_validation import (
     CrossValidation,
     cross_validate,
@@ -107,40 +107,30 @@ def test_it_is_a_plain_loop_over_folds(engine, batch_size):
 
 @pytest.mark.parametrize("engine", [vmapped(4), looped()])
 def test_a_long_run_is_fed_in_blocks(engine, monkeypatch):
-    monkeypatch.setattr(held_out, "_BLOCK_BYTES", 4 * 5 * 4 * 4)  # Four steps of five rows in four folds: 9 = 4 + 4 + 1.
+    crew = importlib.import_module("jaxopt_lab.search.population")
+    monkeypatch.setattr(crew, "_BLOCK_BYTES", 4 * 5 * 4 * 4)  # Four steps of five rows in four folds: 9 = 4 + 4 + 1.
     found = cross_validate(TRIAL, DATA, CONFIGS, folds=FOLDS, key=KEY, steps=9, batch_size=5, engine=engine)
     np.testing.assert_allclose(found.scores, looped_over(5), rtol=2e-4)
 
 
 def test_folds_and_repeated_calls_share_their_programs():
-    held_out._programs.cache_clear()
-    trial = Trial(init, step, evaluate)  # Equal to TRIAL: the functions are what counts.
-    options = {"key": KEY, "steps": 3, "batch_size": 6, "engine": vmapped(4)}
-    cross_validate(trial, DATA, CONFIGS, folds=FOLDS, **options)
-    first = held_out._programs.cache_info()
+    """Folds train on 17 and on 18 rows, with the whole fold a batch: once to find the shapes, and once to compile."""
+    traces = []
+
+    def watched(name, part):
+        return lambda *args: traces.append(name) or part(*args)
+
+    parts = [watched("init", init), watched("step", step), lambda state, rows: traces.append("evaluate") or evaluate(state, rows)]
+    options = {"steps": 3, "batch_size": None, "engine": vmapped(4)}
+    cross_validate(Trial(*parts), DATA, CONFIGS, folds=FOLDS, key=KEY, **options)
+    assert sorted(traces) == ["evaluate"] * 2 + ["init"] * 2 + ["step"] * 2
     changed = [{"rate": 0.5, "decay": 1.0}, {"rate": 0.1, "decay": 0.3}]
     other = {**DATA, "y": -DATA["y"]}
-    cross_validate(trial, other, changed, folds=FOLDS, **{**options, "key": jax.random.key(9)})
-    again = held_out._programs.cache_info()
-    assert (first.misses, again.misses, again.hits) == (1, 1, 1)
-
-
-def test_the_programs_are_compiled_once_for_unequal_folds():
-    held_out._programs.cache_clear()
-    found = []
-    original = held_out._programs
-
-    def watched(*args):
-        found.append(original(*args))
-        return found[-1]
-
-    held_out._programs = watched
-    try:
-        cross_validate(TRIAL, DATA, CONFIGS, folds=FOLDS, key=KEY, steps=4, batch_size=None, engine=scanned())
-    finally:
-        held_out._programs = original
-    assert len({id(run) for run in found}) == 1
-    assert [found[0].init._cache_size(), found[0].advance._cache_size(), found[0].evaluate._cache_size()] == [1, 1, 1]
+    # Equal to the one above: the functions are what counts.
+    found = cross_validate(Trial(*parts), other, changed, folds=FOLDS, key=jax.random.key(9), **options)
+    assert len(traces) == 6
+    afresh = cross_validate(TRIAL, other, changed, folds=FOLDS, key=jax.random.key(9), **options)
+    np.testing.assert_array_equal(found.scores, afresh.scores)
 
 
 def test_a_width_makes_a_program_of_its_own():

@@ -6,14 +6,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxopt_lab.core.types import Array, PyTree
-from jaxopt_lab.search.architecture.objectives import Objective, as_model
+from jaxopt_lab.core.types import Array
+from jaxopt_lab.search.architecture.objectives import Objective
 from jaxopt_lab.search.architecture.search import Architectures, architectures
 from jaxopt_lab.search.architecture.strategies import Strategy, grid_search, random_search
+from jaxopt_lab.search.architecture.training import joint
 from jaxopt_lab.search.engines import Engine
 from jaxopt_lab.search.selection.cross_validation import CrossValidation, cross_validate, one_standard_error
 from jaxopt_lab.search.spaces import Integer, choice
-from jaxopt_lab.search.trial import Trial, check_trial
+from jaxopt_lab.search.trial import Trial
 
 __all__ = ["Depths", "Widths", "depth_by_cross_validation", "width_by_grid", "width_by_random"]
 
@@ -105,24 +106,9 @@ def depth_by_cross_validation(
     """
     depths = _integers("depths", depths)
 
-    def of(config: Any) -> Trial:
-        own = trial(config["depth"], as_model(build(config["depth"]), config))
-        check_trial(own)
-        return own
-
-    def init(key: Array, config: Any) -> PyTree:
-        return of(config).init(key, config)
-
-    def step(state: PyTree, batch: Any, config: Any) -> tuple[PyTree, dict[str, Array]]:
-        return of(config).step(state, batch, config)
-
-    def evaluate(state: PyTree, rows: Any, config: Any) -> Any:
-        return of(config).evaluate(state, rows)
-
+    of_depth = joint(lambda config, model: trial(config["depth"], model), lambda config: build(config["depth"]), rows=True)
     configs, options = [{"depth": depth} for depth in depths], {"engine": engine, "static": ("depth",), "maximize": maximize}
-    found = cross_validate(
-        Trial(init, step, evaluate), data, configs, folds=folds, key=key, steps=steps, batch_size=batch_size, **options
-    )
+    found = cross_validate(of_depth, data, configs, folds=folds, key=key, steps=steps, batch_size=batch_size, **options)
     index = one_standard_error(found, depths if complexity is None else complexity)
     best, chosen = (None if which is None else depths[which] for which in (found.best, index))
     return Depths(depths, found.mean, found.standard_error, best, chosen, found)

@@ -9,7 +9,7 @@ from jaxopt_lab.nets.model import Model
 from jaxopt_lab.search.architecture.candidates import flat
 from jaxopt_lab.search.architecture.objectives import TRAINING, Net, Objective, as_model, bounds
 from jaxopt_lab.search.population import population
-from jaxopt_lab.search.trial import Trial, check_trial, takes_config
+from jaxopt_lab.search.trial import Trial, check_shared, check_trial, sharing, takes_config
 
 __all__ = ["joint", "trained"]
 
@@ -37,7 +37,7 @@ def trained(
 
     Args:
       trial: `(config, model) -> Trial`; it is called while a program is traced, with a configuration whose floats may be traced.
-      batches, steps, options: as of `population`: rungs, engine, memory, devices.
+      batches, steps, options: as of `population`: rungs, engine, memory, devices, shared.
       trainings: how many of each candidate, from weights of their own; the score is the mean.
       name, maximize, at_most, at_least: as of `Objective`.
       static: paths of floats that are part of the program even where they could be traced.
@@ -87,12 +87,13 @@ def trained(
     return Objective(name, measure, maximize, *bounds(name, at_most, at_least), TRAINING)
 
 
-def joint(trial: TrialOf, build: Callable[[Any], Any]) -> Trial:
+def joint(trial: TrialOf, build: Callable[[Any], Any], *, rows: bool = False) -> Trial:
     """A trial whose network is that of its configuration.
 
     Args:
       trial: `(config, model) -> Trial`.
       build: `config -> Model`.
+      rows: whether it is evaluated on rows, as `cross_validate` has it, rather than as `population` has it.
 
     >>> from jaxopt_lab.nets import from_functions
     >>> build = lambda config: from_functions(lambda key: config["width"] * [0.0], lambda params: len(params))
@@ -101,22 +102,27 @@ def joint(trial: TrialOf, build: Callable[[Any], Any]) -> Trial:
     3
     """
 
-    def of(config: Any) -> Trial:
+    def of(config: Any, shared: PyTree) -> Trial:
         own = trial(config, as_model(build(config), config))
         check_trial(own)
-        return own
+        check_shared(own, shared)
+        return Trial(*(sharing(part, shared) for part in own))
 
-    def init(key: Array, config: Any) -> PyTree:
-        return of(config).init(key, config)
+    def init(key: Array, config: Any, shared: PyTree = None) -> PyTree:
+        return of(config, shared).init(key, config)
 
-    def step(state: PyTree, batch: Any, config: Any) -> tuple[PyTree, dict[str, Array]]:
-        return of(config).step(state, batch, config)
+    def step(state: PyTree, batch: Any, config: Any, shared: PyTree = None) -> tuple[PyTree, dict[str, Array]]:
+        return of(config, shared).step(state, batch, config)
 
-    def evaluate(state: PyTree, config: Any) -> Any:
-        own = of(config).evaluate
+    def on_rows(state: PyTree, rows: Any, config: Any) -> Any:
+        own = of(config, None).evaluate
+        return own(state, rows, config) if takes_config(own, beside=2) else own(state, rows)
+
+    def evaluate(state: PyTree, config: Any, shared: PyTree = None) -> Any:
+        own = of(config, shared).evaluate
         return own(state, config) if takes_config(own) else own(state)
 
-    return Trial(init, step, evaluate)
+    return Trial(init, step, on_rows if rows else evaluate)
 
 
 def _static(configs: Sequence[Any], static: Sequence[str]) -> set[str]:

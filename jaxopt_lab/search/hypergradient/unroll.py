@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_lab.core.types import Array, PyTree
+from jaxopt_lab.data.blocks import block
 from jaxopt_lab.search.grouping import strong
 from jaxopt_lab.search.trial import takes_config
 
@@ -152,15 +153,12 @@ def stacked(batches: Any, steps: int) -> PyTree:
                 where = f"batches: {name}" if name else "batches"
                 raise ValueError(f"{where} has the shape {jnp.shape(leaf)}, and there are {steps} steps; give one batch a step")
         return batches
-    blocks, at = [], 0
-    stack = getattr(batches, "stack", None)
+    blocks, at, ahead = [], 0, None
     while at < steps:
-        block = jax.tree.map(lambda x: np.asarray(x)[None], batches(at)) if stack is None else stack(at, steps - at)
-        blocks.append(block)
-        if not jax.tree.leaves(block):
-            return block
-        at += len(jax.tree.leaves(block)[0])
-    shapes = [jax.tree.map(lambda x: np.shape(x)[1:], block) for block in blocks]
+        found = block(batches, at, steps - at, ahead)
+        blocks.append(found.batches)
+        at, ahead = at + found.count, found.ahead
+    shapes = [jax.tree.map(lambda x: np.shape(x)[1:], each) for each in blocks]
     if odd := next((k for k, shape in enumerate(shapes) if shape != shapes[0]), 0):
         raise ValueError(f"batches must all have one size; the first has {shapes[0]}, another {shapes[odd]}")
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *blocks)

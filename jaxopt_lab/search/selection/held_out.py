@@ -1,10 +1,9 @@
-"""Configurations trained on folds of one data set that stays on the device: the programs behind cross-validation.
+"""Configurations trained on folds of one data set that stays on the device: the population behind cross-validation.
 
-What differs between the members of a group is data: traced numbers, row numbers, weights. So each of the three functions of a
-trial is compiled once for all folds and all configurations of equal shapes, and once more only where a configuration needs it.
+What differs between folds is data: row numbers and weights. So each of the three functions of a trial is compiled once for all
+folds and all configurations of equal shapes, and once more only where a configuration needs it.
 """
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -16,16 +15,12 @@ import numpy as np
 
 from jaxopt_lab import data as streams
 from jaxopt_lab.core.types import Array, PyTree
-from jaxopt_lab.search.engines import Engine, scanned, single, vmapped
-from jaxopt_lab.search.grouping import Group, Member, group
-from jaxopt_lab.search.pace import bytes_of_memory, split
+from jaxopt_lab.search.engines import Engine, scanned, vmapped
+from jaxopt_lab.search.population import population
 from jaxopt_lab.search.selection.folds import Fold
-from jaxopt_lab.search.trial import Trial, check_trial, check_typed_key, scalar_score
+from jaxopt_lab.search.trial import Trial, check_trial, check_typed_key
 
-__all__ = ["Rows", "fold_batches", "on_folds", "rows_of"]
-
-_BLOCK_BYTES = 1 << 26
-_IN_FLIGHT = 16
+__all__ = ["Rows", "fold_batches", "folded", "on_folds", "rows_of"]
 
 
 class Rows(NamedTuple):
@@ -128,128 +123,87 @@ def on_folds(
     """
     check_trial(trial)
     check_typed_key(key)
-    if steps < 0:
-        raise ValueError(f"steps must not be negative; got {steps}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, or None for all rows; got {batch_size}")
-    engine = engine or _default()
-    arrays = jax.tree.map(jnp.asarray, dict(data))
-    held_out = rows_of([fold.test for fold in folds])
-    keys = [jax.random.split(jax.random.fold_in(key, number)) for number in range(len(folds))]
-    orders = _Orders([fold_batches(fold.train, batch_size, own[1]) for fold, own in zip(folds, keys, strict=True)], steps)
-    starts = jnp.stack([own[0] for own in keys])
-    example = {"train": _example(arrays, orders.width), "test": _example(arrays, held_out.rows.shape[1])}
-    whole = Trial(trial.init, _Whole(trial), _nothing)
-    scores, states = np.full(len(pairs), np.nan), [None] * len(pairs)
-    for found in group(whole, [config for config, _ in pairs], key, example, static=static):
-        run = _programs(dataclasses.replace(found.member, trial=trial), engine)
-        for part in split(len(found.indices), 1, _narrowed(engine, found, example["train"], key)):
-            indices = found.indices[part]
-            at = np.array([pairs[index][1] for index in indices], np.int32)
-            traced = tuple(column[part] for column in found.traced)
-            state = _advanced(run, engine, run.init(starts[at], traced), arrays, orders, at, traced)
-            scores[indices] = run.evaluate(state, arrays, held_out.rows[at], held_out.weight[at], traced)
-            for row, index in enumerate(indices if keep else ()):
-                states[index] = jax.tree.map(lambda x: x[row], state)  # noqa: B023
-    return Members(scores, tuple(states) if keep else ())
+    orders = [jax.random.split(jax.random.fold_in(key, number))[1] for number in range(len(folds))]
+    batches = _Orders([fold_batches(fold.train, batch_size, own) for fold, own in zip(folds, orders, strict=True)])
+    found = population(
+        folded(trial),
+        [{"config": config, "fold": fold} for config, fold in pairs],
+        key=key,
+        numbers=[fold for _, fold in pairs],
+        batches=batches,
+        steps=steps,
+        engine=engine or (scanned() if jnp.zeros(()).device.platform == "cpu" else vmapped()),
+        static=[f"config/{path}" for path in static],
+        shared={"data": dict(data), "weight": batches.weight, "test": rows_of([fold.test for fold in folds])},
+        keep=None if keep else 0,
+    )
+    return Members(found.scores, tuple(found.states) if keep else ())
+
+
+@lru_cache(maxsize=64)
+def folded(trial: Trial) -> Trial:
+    """A trial whose configurations are `{"config", "fold"}`: what differs between folds is data.
+
+    The rows, and which of them a fold has, are what all share; a batch is the row numbers of every fold, `[F, B]`.
+
+    Args:
+      trial: as of `on_folds`.
+
+    >>> trial = folded(Trial(lambda key, config: 0.0, lambda s, batch, config: (s + batch["x"].sum(), {}), lambda s, rows: s))
+    >>> shared = {"data": {"x": jnp.arange(3.0)}, "weight": jnp.ones((1, 2))}
+    >>> trial.step(0.0, {"row": jnp.array([[2, 1]])}, {"config": {}, "fold": 0}, shared)
+    (Array(3., dtype=float32), {})
+    """
+
+    def init(key: Array, config: Any) -> PyTree:
+        return trial.init(jax.random.split(key)[0], config["config"])
+
+    def step(state: PyTree, batch: Any, config: Any, shared: Any) -> Any:
+        fold = config["fold"]
+        rows = _gathered(shared["data"], batch["row"][fold], shared["weight"][fold])
+        out = trial.step(state, rows, config["config"])
+        # What is no pair is for the population to refuse.
+        return (out[0], {}) if isinstance(out, tuple) and len(out) == 2 else out
+
+    def evaluate(state: PyTree, config: Any, shared: Any) -> Any:
+        rows, weight = (side[config["fold"]] for side in shared["test"])
+        given = state, _gathered(shared["data"], rows, weight), config["config"]
+        return trial.evaluate(*(given if _takes_config(trial.evaluate) else given[:2]))
+
+    return Trial(init, step, evaluate)
 
 
 class _Orders:
-    """The row numbers of every fold's batches, made in blocks of steps.
+    """The row numbers of every fold's batches, `[F, B]` a step.
 
     Attributes:
-      width: rows a step.
-      weight: `[F, width]`.
-      length: steps a block.
+      weight: `[F, B]`.
     """
 
-    def __init__(self, batches: Sequence[streams.Batches], steps: int):
-        self._batches, self.steps = batches, steps
+    def __init__(self, batches: Sequence[streams.Batches]):
         sizes = [stream.size(0) for stream in batches]
-        self.width = max(sizes)
-        self.weight = np.stack([np.arange(self.width) < size for size in sizes]).astype(np.float32)
-        self.length = max(min(steps, _BLOCK_BYTES // (4 * self.width * len(batches))), 1)
-        # As a rule there is one block, and members that are run in turns find it made, and on the device.
-        self.rows = lru_cache(maxsize=1)(self._rows)
+        self._batches, self._width = batches, max(sizes)
+        self.weight = np.stack([np.arange(self._width) < size for size in sizes]).astype(np.float32)
 
-    def count(self, at: int) -> int:
-        """How many steps of the block from a step on are taken."""
-        return min(self.length, self.steps - at)
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        return {name: rows[0] for name, rows in self.stack(step, 1).items()}
 
-    def _rows(self, at: int) -> Array:
-        """Row numbers `[F, length, width]` from a step on."""
-        each = [stream.stack(at, self.length)["row"] for stream in self._batches]
-        return jnp.asarray(np.stack([_widened(rows, self.width) for rows in each]).astype(np.int32))
+    def stack(self, step: int, count: int) -> dict[str, np.ndarray]:
+        """Row numbers `[k, F, B]`."""
+        each = [_widened(stream.stack(step, count)["row"], self._width) for stream in self._batches]
+        return {"row": np.stack(each, axis=1).astype(np.int32)}
 
 
 def _widened(rows: np.ndarray, width: int) -> np.ndarray:
     return np.concatenate([rows, np.repeat(rows[:, :1], width - rows.shape[1], axis=1)], axis=1)
 
 
-class _Programs(NamedTuple):
-    init: Callable[..., PyTree]  # (keys [c], traced) -> states
-    step: Callable[..., PyTree]  # (states, data, rows [c, b], weight [c, b], traced) -> states
-    advance: Callable[..., PyTree]  # (states, data, rows [F, k, b], weight [F, b], folds [c], count, traced) -> states
-    evaluate: Callable[..., Array]  # (states, data, rows [c, m], weight [c, m], traced) -> [c]
-
-
-@lru_cache(maxsize=64)
-def _programs(member: Member, engine: Engine) -> _Programs:
-    """The compiled functions over an axis `[c]` of members; the data is an argument of theirs, and no constant."""
-
-    def step(state, data, rows, weight, traced):
-        return member.step(state, _gathered(data, rows, weight), traced)[0]
-
-    def advance(state, data, rows, weight, fold, count, traced):
-        return jax.lax.fori_loop(0, count, lambda t, s: step(s, data, rows[fold, t], weight[fold], traced), state)
-
-    def evaluate(state, data, rows, weight, traced):
-        return _score(member.trial.evaluate, state, _gathered(data, rows, weight), member.config(traced))
-
-    over = single if engine.width == 1 else jax.vmap
-    # What draws random numbers takes a CPU long to compile, and twice as long over an axis, but runs only once.
-    if jnp.zeros(()).device.platform == "cpu":
-
-        def init(keys, traced):
-            return jax.lax.map(lambda given: member.init(*given), (keys, traced))
-    else:
-        init = jax.vmap(member.init)
-    return _Programs(
-        jax.jit(init),
-        jax.jit(over(step, (0, None, 0, 0, 0)), donate_argnums=0),
-        jax.jit(over(advance, (0, None, None, None, 0, None, 0)), donate_argnums=0),
-        jax.jit(over(evaluate, (0, None, 0, 0, 0))),
-    )
-
-
-def _advanced(
-    run: _Programs, engine: Engine, state: PyTree, data: PyTree, orders: _Orders, at: np.ndarray, traced: tuple
-) -> PyTree:
-    for begin in range(0, orders.steps, orders.length):
-        rows, count = orders.rows(begin), orders.count(begin)
-        if engine.compiled:
-            state = run.advance(state, data, rows, orders.weight, at, np.int32(count), traced)
-            continue
-        rows = np.asarray(rows)
-        for t in range(count):
-            state = run.step(state, data, rows[at, t], orders.weight[at], traced)
-            if t % _IN_FLIGHT == _IN_FLIGHT - 1:
-                jax.block_until_ready(state)
-    return state
-
-
 def _gathered(data: Mapping[str, Any], rows: Array, weight: Array) -> dict[str, Any]:
     """Some rows of the data, with their weights."""
     batch = jax.tree.map(lambda x: x.at[rows].get(mode="promise_in_bounds"), dict(data))
     return {**batch, "weight": weight * batch["weight"] if "weight" in batch else weight}
-
-
-def _example(data: Mapping[str, Any], rows: int) -> PyTree:
-    return jax.eval_shape(_gathered, data, jnp.zeros(rows, jnp.int32), jnp.ones(rows, jnp.float32))
-
-
-def _score(evaluate: Callable, state: PyTree, rows: dict[str, Any], config: Any) -> Array:
-    return scalar_score(evaluate(state, rows, config) if _takes_config(evaluate) else evaluate(state, rows))
 
 
 def _takes_config(evaluate: Callable) -> bool:
@@ -263,32 +217,3 @@ def _takes_config(evaluate: Callable) -> bool:
         names = ", ".join(p.name for p in parameters)
         raise TypeError(f"evaluate must take (state, rows) or (state, rows, config); it takes ({names})")
     return len(required) > 2
-
-
-class _Whole(NamedTuple):
-    """A step and an evaluation in one, by which it is found out which numbers a trial needs the values of."""
-
-    trial: Trial
-
-    def __call__(self, state: PyTree, batch: PyTree, config: Any) -> Any:
-        out = self.trial.step(state, batch["train"], config)
-        if isinstance(out, tuple) and len(out) == 2:
-            _score(self.trial.evaluate, out[0], batch["test"], config)
-        return out
-
-
-def _nothing(state: PyTree) -> float:
-    return 0.0
-
-
-def _default() -> Engine:
-    return scanned() if jnp.zeros(()).device.platform == "cpu" else vmapped()
-
-
-def _narrowed(engine: Engine, found: Group, batch: PyTree, key: Array) -> Engine:
-    """An engine without a width with the widest that memory allows: a step holds a state and its gradients some four times."""
-    if engine.width is not None:
-        return engine
-    state = jax.eval_shape(found.member.init, key, [column[0] for column in found.traced])
-    taken = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state, batch)))
-    return Engine(max(bytes_of_memory(jnp.zeros(()).device) // (4 * max(taken, 1)), 1), engine.compiled)

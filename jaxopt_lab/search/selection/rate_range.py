@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_lab.core.types import Array
+from jaxopt_lab.data.blocks import block
 from jaxopt_lab.search.grouping import strong
 from jaxopt_lab.search.trial import Trial, check_trial, check_typed_key
 
@@ -127,14 +128,10 @@ def _swept(
     state = jax.jit(lambda key, rate: jax.tree.map(strong, trial.init(key, config(rate))))(key, rates[0])
     nbytes = sum(np.size(x) * np.dtype(jnp.result_type(x)).itemsize for x in jax.tree.leaves(batches(0)))
     length = -(-len(rates) // -(-len(rates) * nbytes // _BLOCK_BYTES)) if nbytes else len(rates)
-    losses, at = [], 0
+    losses, at, ahead = [], 0, None
     while at < len(rates):
-        count = min(length, len(rates) - at)
-        stack = getattr(batches, "stack", None)
-        block = stack(at, count) if stack else jax.tree.map(lambda *x: np.stack(x), *(batches(at + k) for k in range(count)))
-        leaves = jax.tree.leaves(block)
-        count = len(leaves[0]) if leaves else count
-        state, found = sweep(state, (rates[at : at + count], block))
+        given, count, ahead = block(batches, at, min(length, len(rates) - at), ahead)
+        state, found = sweep(state, (rates[at : at + count], given))
         losses.append(np.asarray(found, float))
         at += count
     return np.concatenate(losses)
