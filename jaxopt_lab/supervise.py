@@ -7,6 +7,13 @@ started again, and each finds the newest checkpoint. What runs is told who it is
 JAX_PROCESS_ID, which `jaxopt_lab.parallel.hosts.initialize` reads. With one process it is told that it is alone, and is started
 again likewise.
 
+JAX's own watch sees who is gone or stopped altogether. One whose program hangs is noticed where another has ended well
+(`--straggle`), and with `--stalled S` where it gives no sign of life for S seconds: `train.fit` gives one as it goes, and a loop of
+one's own does so by `jaxopt_lab.parallel.alive()`. S must be longer than the longest pause that is in order: an evaluation, a
+checkpoint, a compilation on the way. What comes before the first sign, and after `fit`, may take any time. Processes that compute
+together wait for the one that hangs and fall silent within a step of it, so the silence of each is told, and whoever was silent
+first need not be the one.
+
 On several machines it takes their scheduler to end and start all processes, since a supervisor on each knows nothing of the others.
 Under Slurm, with a process for each GPU:
 
@@ -25,7 +32,8 @@ any process and a node that fails put the job into the queue again. (Where one p
 
 Nothing is left behind. Each process leads a group of its own, which is killed as a whole once the process has ended. If this
 command itself is killed, by SIGKILL too, Linux kills the processes (PR_SET_PDEATHSIG); what those have started on their own, such
-as workers that load data, must see for itself that its parent is gone. Standard library only, for Linux.
+as workers that load data, must see for itself that its parent is gone. (Of `--stalled` a directory of empty files then stays among
+the temporary ones.) Standard library only, for Linux.
 """
 
 import argparse
@@ -35,15 +43,18 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from types import FrameType
+from typing import NamedTuple
 
 __all__ = ["environment", "main", "supervise"]
 
-_SAVED, _USAGE, _NOT_RUN, _NOT_FOUND = os.EX_TEMPFAIL, 2, 126, 127
+# As `timeout` has it, 124 is for who took too long.
+_SAVED, _USAGE, _HUNG, _NOT_RUN, _NOT_FOUND = os.EX_TEMPFAIL, 2, 124, 126, 127
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _TICK_S = 0.05
 # Whose peer has crashed can save nothing any more together with it.
@@ -72,18 +83,22 @@ exit codes:
   2       wrong arguments: of this command, or a process ended with 2, which no restart would mend
   75      saved after a signal (EX_TEMPFAIL): SIGTERM, SIGINT or SIGHUP came, was passed on as SIGTERM, and every process ended
           with 75, or with 0; start the same command again to go on
+  124     given up after --restarts: a process hung
   126     the command may not be run, 127: it was not found
   128+s   signal s came, and the processes did not all save within --grace; or given up, and signal s had ended a process
   other   given up after --restarts: the code of the first process that failed
 
 A process that ends with 75 unasked was preempted and has saved: the others may save likewise within --grace, all are started again,
 and it does not count as a restart, but for twenty in a row within 5 seconds each. Any other code but 0 and 2, and any signal,
-counts, and leaves the others 10 seconds. A second signal kills the processes at once. Restarts wait for --delay seconds, and twice
-as long each time in a row, up to 60.
+counts, and leaves the others 10 seconds. So does a process that hangs: one that still runs --straggle seconds after the first has
+ended with 0, or, with --stalled, one whose last sign of life is that long ago. A second signal kills the processes at once.
+Restarts wait for --delay seconds, and twice as long each time in a row, up to 60.
 """
 
 
-def environment(process: int, processes: int, port: int, devices_each: int | None = None) -> dict[str, str]:
+def environment(
+    process: int, processes: int, port: int, devices_each: int | None = None, alive: str | None = None
+) -> dict[str, str]:
     """The variables that tell a process who it is, to be set over the environment.
 
     Args:
@@ -91,6 +106,7 @@ def environment(process: int, processes: int, port: int, devices_each: int | Non
       processes: how many there are.
       port: a free one of this machine, where process 0 will listen to this machine alone.
       devices_each: how many GPUs each process gets, in order; None leaves all of them to all.
+      alive: the file that this process touches as a sign of life, see `parallel.alive`; None where nobody looks.
 
     >>> environment(1, 2, 1234, devices_each=4)
     {'JAX_COORDINATOR_ADDRESS': '127.0.0.1:1234', 'JAX_COORDINATOR_BIND_ADDRESS': '127.0.0.1:1234', 'JAX_NUM_PROCESSES': '2',
@@ -105,6 +121,8 @@ def environment(process: int, processes: int, port: int, devices_each: int | Non
     }
     if devices_each is not None:
         who["JAX_LOCAL_DEVICE_IDS"] = ",".join(map(str, range(process * devices_each, (process + 1) * devices_each)))
+    if alive is not None:
+        who["JAXOPT_LAB_ALIVE"] = alive
     return who
 
 
@@ -116,6 +134,8 @@ def supervise(
     grace: float = 60.0,
     window: float = 600.0,
     delay: float = 1.0,
+    straggle: float = 600.0,
+    stalled: float | None = None,
     devices_each: int | None = None,
 ) -> int:
     """Runs a command in several processes until all have ended well, from the main thread; see the module.
@@ -127,6 +147,9 @@ def supervise(
       grace: for how many seconds processes may save after a signal, before SIGKILL.
       window: all that ran for so many seconds before they failed made progress: the count of restarts begins anew.
       delay: seconds before the first restart in a row; twice as long before each one that follows.
+      straggle: for how many seconds the others may run on once the first process has ended with 0; `math.inf` for ever.
+      stalled: after how many seconds without a sign of life a process hangs, counted from its first sign; None never looks. A few
+        seconds at least: `fit` gives up to ten a second, but no more than one a step.
       devices_each: as in `environment`.
 
     Returns:
@@ -150,7 +173,8 @@ def supervise(
         if handler is not signal.SIG_IGN:
             signal.signal(number, hear)
     try:
-        return _rounds(partial(_Gang, list(command), processes, devices_each), heard, restarts, grace, window, delay)
+        started = partial(_Gang, list(command), processes, devices_each, straggle, stalled)
+        return _rounds(started, heard, restarts, grace, window, delay)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -161,14 +185,17 @@ def _rounds(started: "Callable[[], _Gang]", heard: list[int], restarts: int, gra
     failures = quick = 0
     while True:
         begun = time.monotonic()
-        codes = _round(started(), heard, grace)
-        ran = time.monotonic() - begun
+        codes, hung = _round(started(), heard, grace)
+        # While one hung nothing went on: that time is no progress.
+        ran = time.monotonic() - begun - max((each.seconds for each in hung.values()), default=0.0)
         if heard:
             return max(codes.values()) if set(codes.values()) <= {0, _SAVED} else 128 + heard[0]
         bad = {process: code for process, code in codes.items() if code}
         if not bad:
             return 0
-        told = ", ".join(f"process {process} {_told(code)}" for process, code in bad.items())
+        told = ", ".join(
+            hung[process].told if process in hung else f"process {process} {_told(code)}" for process, code in bad.items()
+        )
         if _USAGE in bad.values():
             _say(f"{told}: wrong arguments; not started again")
             return _USAGE
@@ -191,10 +218,29 @@ def _rounds(started: "Callable[[], _Gang]", heard: list[int], restarts: int, gra
             return 128 + heard[0]
 
 
-def _round(gang: "_Gang", heard: list[int], grace: float) -> dict[int, int]:
-    """Waits until all have ended, or one has failed, or a signal came; ends the others; returns the codes that count."""
+class _Hung(NamedTuple):
+    """A process that hangs: for how many seconds, and what is to be said of it."""
+
+    seconds: float
+    told: str
+
+
+def _round(gang: "_Gang", heard: list[int], grace: float) -> tuple[dict[int, int], dict[int, _Hung]]:
+    """Waits until all have ended, or one has failed or hangs, or a signal came; ends the others.
+
+    Returns:
+      The codes that count, 124 of those that hung, and these.
+    """
+    hung: dict[int, _Hung] = {}
+
+    def enough() -> bool:
+        if heard or any(gang.codes.values()):
+            return True
+        hung.update(gang.hung())
+        return bool(hung)
+
     try:
-        gang.wait(lambda: bool(heard) or any(gang.codes.values()))
+        gang.wait(enough)
         codes = gang.codes
         if heard:
             name = signal.Signals(heard[0]).name
@@ -202,9 +248,9 @@ def _round(gang: "_Gang", heard: list[int], grace: float) -> dict[int, int]:
             gang.end(grace, lambda: len(heard) > 1)
         elif gang.running():
             # How those end that are ended for it says nothing.
-            codes = dict(codes)
+            codes = {**codes, **dict.fromkeys(hung, _HUNG)}
             gang.end(grace if _preempted(codes) else min(grace, _BEREFT_S), lambda: len(heard) > 1)
-        return gang.codes if heard else codes
+        return (gang.codes, {}) if heard else (codes, hung)
     finally:
         gang.kill()
 
@@ -221,16 +267,23 @@ class _Gang:
       codes: those that have ended, in that order, and how: as `subprocess` has it, -s for signal s.
     """
 
-    def __init__(self, command: list[str], processes: int, devices_each: int | None) -> None:
+    def __init__(
+        self, command: list[str], processes: int, devices_each: int | None, straggle: float, stalled: float | None
+    ) -> None:
         self._alive: dict[int, subprocess.Popen] = {}
         self.size = processes
         self.codes: dict[int, int] = {}
+        self._straggle, self._stalled = straggle, stalled
+        # When the first one ended, and of those that have given signs of life the last one's time, and when it was seen.
+        self._first_over: float | None = None
+        self._seen: dict[int, tuple[int, float]] = {}
+        self._signs = None if stalled is None else tempfile.TemporaryDirectory(prefix="supervise-", ignore_cleanup_errors=True)
         port = _free_port()
         try:
             for process in range(processes):
                 self._alive[process] = subprocess.Popen(
                     [sys.executable, "-I", "-S", "-c", _BOUND, str(os.getpid()), *command],
-                    env={**os.environ, **environment(process, processes, port, devices_each)},
+                    env={**os.environ, **environment(process, processes, port, devices_each, self._sign(process))},
                     # One input cannot be read by several; and a group that is not the terminal's would be stopped by reading.
                     stdin=subprocess.DEVNULL,
                     process_group=0,
@@ -258,6 +311,47 @@ class _Gang:
         for popen in self._alive.values():
             _say(f"process {popen.pid} does not end even by SIGKILL: the system holds it, as where a disk does not answer")
         self._alive.clear()
+        if self._signs is not None:
+            self._signs.cleanup()
+
+    def hung(self) -> dict[int, _Hung]:
+        """Those that take too long: all that run long after one has ended, or whoever gave no sign of life for too long."""
+        now = time.monotonic()
+        if self._first_over is not None and now - self._first_over > self._straggle:
+            first, seconds = next(iter(self.codes)), now - self._first_over
+            return {
+                process: _Hung(seconds, f"process {process} still ran {seconds:.0f} s after process {first} had ended with 0")
+                for process in self._alive
+            }
+        if self._stalled is None:
+            return {}
+        since = {process: now - seen for process in self._alive if (seen := self._look(process, now)) is not None}
+        late = [process for process in sorted(since, key=since.__getitem__, reverse=True) if since[process] > self._stalled]
+        if not late:
+            return {}
+        # In a collective all hang soon; who was the first to be silent is of interest, and who never spoke.
+        others = [f"process {process} for {since[process]:.0f} s" for process in since if process not in late]
+        others += [f"process {process} gave none yet" for process in self._alive if process not in since]
+        aside = f" ({', '.join(others)})" if others else ""
+        return {
+            process: _Hung(since[process], f"process {process} gave no sign of life for {since[process]:.0f} s{aside * (k == 0)}")
+            for k, process in enumerate(late)
+        }
+
+    def _sign(self, process: int) -> str | None:
+        return None if self._signs is None else os.path.join(self._signs.name, str(process))
+
+    def _look(self, process: int, now: float) -> float | None:
+        """When the last sign of life of a process was seen; None if there was none, or it has said that no more will come."""
+        try:
+            # Another time than before is a sign, whatever the clock of the file system says.
+            sign = os.stat(self._sign(process) or "").st_mtime_ns
+        except OSError:
+            self._seen.pop(process, None)
+            return None
+        if process not in self._seen or self._seen[process][0] != sign:
+            self._seen[process] = (sign, now)
+        return self._seen[process][1]
 
     def _collect(self) -> bool:
         """Takes note of processes that have ended, and clears what they left in their groups; whether all have ended."""
@@ -267,6 +361,7 @@ class _Gang:
                 _signal_group(popen.pid, signal.SIGKILL)
                 self.codes[process] = popen.wait()
                 del self._alive[process]
+                self._first_over = self._first_over or time.monotonic()
         return not self._alive
 
     def _signal(self, number: int) -> None:
@@ -320,7 +415,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m jaxopt_lab.supervise",
         description="Starts the processes of one run on this machine; when one fails, ends the others and starts all again.",
-        usage="%(prog)s --processes N [--restarts R] [--grace S] [--window S] [--delay S] [--devices-each K] -- command ...",
+        usage="%(prog)s --processes N [--restarts R] [--grace S] [--window S] [--delay S] [--straggle S] "
+        "[--stalled S] [--devices-each K] -- command ...",
         epilog=_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -331,6 +427,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--grace", type=some, default=60.0, metavar="S", help="seconds to save in after a signal, before SIGKILL (%(default)g)")
     add("--window", type=some, default=600.0, metavar="S", help="a run so long counts restarts anew when it fails (%(default)g)")
     add("--delay", type=some, default=1.0, metavar="S", help="seconds before a first restart (%(default)g)")
+    add("--straggle", type=some, default=600.0, metavar="S", help="seconds for the others once one has ended with 0 (%(default)g)")
+    add("--stalled", type=_at_least(float, 2), metavar="S", help="seconds without a sign of life after which a process hangs (off)")
     add(
         "--devices-each",
         type=_at_least(int, 1),

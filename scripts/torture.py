@@ -1,14 +1,15 @@
 """Trainings that are killed, and what is left of them: every bit, or the count of what was lost.
 
-    ./scripts/run scripts/torture.py kills [--kills 100] [--seed 0]
+    ./scripts/run scripts/torture.py kills [--kills 100] [--seed 0] [--disk tmpfs]
     ./scripts/run scripts/torture.py gold [--devices 1 2 4 8] [--kinds dense sparsify distill fake] [--ways pmap shard]
 
 `kills` runs a training with asynchronous checkpoints in a process that is ended again and again, at random moments: by SIGKILL, by
-SIGTERM, by a disk that is full (no file may grow past a size), and, while it is down, by a bit that is flipped in its newest
-checkpoint. Each start must restore the newest verified step, or after a flipped bit the one before it, with the very values that an
-unbroken run has at that step; at the end the losses must be those of the unbroken run, the state its bits, and the directory must
-hold nothing but steps and what was put into quarantine. One JSON line says what was done and what went wrong; any loss is exit
-code 1.
+SIGTERM, by a disk that is full, and, while it is down, by a bit that is flipped in its newest checkpoint. The disk is a small file
+system of its own (a tmpfs), which is filled before a start or in its course, until less is free than a checkpoint takes; where none
+may be mounted, as root may, no file may grow past a size instead, and that is said. Each start must restore the newest verified
+step, or after a flipped bit the one before it, with the very values that an unbroken run has at that step; at the end the losses
+must be those of the unbroken run, the state its bits, and the directory must hold nothing but steps and what was put into
+quarantine. One JSON line says what was done and what went wrong; any loss is exit code 1.
 
 `gold` asks of each way and each kind whether 40 steps are 17 steps, a SIGKILL, and 23 more, bit for bit; then whether one step of
 plain gradient descent, and 40 steps, are those of one device (to 1e-6 and 1e-4; of fake-quantised weights the loss alone). One JSON
@@ -16,24 +17,28 @@ line a case. The devices are those that a CPU is made to pass for.
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 STEPS, DIES_AT, LIMIT_S = 40, 17, 300.0
+DISK_BYTES = 16 << 20
 KINDS, WAYS = ("dense", "sparsify", "distill", "fake"), ("pmap", "shard")
 
 
@@ -212,13 +217,58 @@ def across(kind: str, way: str, counts: list[int]) -> dict[str, Any]:
 # Killed at random.
 
 
+def mount(disk: Path) -> str:
+    """Mounts a small file system; what was said if it may not be, else nothing."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        return str(error)
+    return (done.stderr.strip() or f"mount ended with {done.returncode}") if done.returncode else ""
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, wanted: str) -> Iterator[Path | None]:
+    """A small file system of its own as long as the context lasts; None where it is not wanted, or may not be mounted."""
+    disk = folder / "disk"
+    disk.mkdir()
+    refused = "" if wanted == "limit" else mount(disk)
+    if refused and wanted == "tmpfs":
+        sys.exit(f"no small file system could be mounted: {refused}; be root, or choose --disk limit")
+    if refused:
+        print(f"no small file system could be mounted ({refused}): no file may grow past a size instead", file=sys.stderr)
+    if refused or wanted == "limit":
+        yield None
+        return
+    try:
+        yield disk
+    finally:
+        # Lazily: what still writes there must not keep it.
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def fill(disk: Path, leave: int) -> Path:
+    """A file that takes up a disk but for so many bytes."""
+    ballast = disk / "ballast"
+    with ballast.open("wb") as file:
+        for _ in range(100):
+            room = (free := os.statvfs(disk)).f_bavail * free.f_frsize - leave
+            if room <= 0:
+                break
+            # Should something else have been written in the meantime, there is less room than that.
+            with contextlib.suppress(OSError):
+                os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), room)
+    return ballast
+
+
 def kills(options: argparse.Namespace) -> int:
     begin = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        torture = Torture(Path(folder), options)
+    with tempfile.TemporaryDirectory() as folder, small_disk(Path(folder), options.disk) as disk:
+        torture = Torture(Path(folder), options, disk)
         while torture.ended < options.kills and len(torture.faults) < 10:
             torture.one_run()
-    row = {"name": "kills", **torture.count, "faults": torture.faults, "seconds": round(time.perf_counter() - begin, 1)}
+    how = {"disk": "file size limit" if disk is None else "tmpfs", "faults": torture.faults}
+    row = {"name": "kills", **torture.count, **how, "seconds": round(time.perf_counter() - begin, 1)}
     print(json.dumps(row), flush=True)
     return int(bool(torture.faults))
 
@@ -226,8 +276,9 @@ def kills(options: argparse.Namespace) -> int:
 class Torture:
     """What was done to trainings, and what they lost by it."""
 
-    def __init__(self, folder: Path, options: argparse.Namespace):
-        self.folder, self.options, self.chance = folder, options, random.Random(options.seed)
+    def __init__(self, folder: Path, options: argparse.Namespace, disk: Path | None):
+        self.folder, self.options, self.chance = disk or folder, options, random.Random(options.seed)
+        self.disk = disk
         self.cell = {"kind": options.kind, "way": "shard", "devices": 2, "steps": options.steps, "save_every": 4}
         self.count = {"sigkill": 0, "sigterm": 0, "disk_full": 0, "bit_flips": 0, "starts": 0, "runs": 0}
         self.faults: list[str] = []
@@ -239,6 +290,8 @@ class Torture:
 
         trained(folder / "whole", **self.cell, evaluate=noted)
         self.losses = (folder / "whole" / "metrics.jsonl").read_text()
+        newest = folder / "whole" / "checkpoints" / str(max(verified(folder / "whole")))
+        self.bytes = sum(path.stat().st_blocks * 512 for path in newest.rglob("*") if path.is_file())
 
     @property
     def ended(self) -> int:
@@ -264,6 +317,7 @@ class Torture:
                 flipped.clear()
             if code == 0:
                 self.check_end(out)
+                shutil.rmtree(out)
                 return
             if how == "none":
                 self.faults.append(f"a start that nothing ended came to nothing, with code {code}: {error}")
@@ -281,13 +335,22 @@ class Torture:
     def one_start(self, out: Path, how: str) -> tuple[list[dict[str, Any]], int, str]:
         """What one start told, its exit code, and the last line that it wrote of an error."""
         self.count["starts"] += 1
-        process = start(out, **self.cell, pause=self.options.pause, file_size=2000 if how == "disk_full" else 0)
+        limited = how == "disk_full" and self.disk is None
+        fills, leave = how == "disk_full" and self.disk is not None, self.chance.randrange(self.bytes)
+        before = fills and self.chance.random() < 0.5
+        ballast = fill(self.disk, leave) if before else None
+        process = start(out, **self.cell, pause=self.options.pause, file_size=2000 if limited else 0)
         first = ""
-        if how in ("sigkill", "sigterm"):
+        if how in ("sigkill", "sigterm") or (fills and not before):
             first = process.stdout.readline()
             time.sleep(self.chance.uniform(0, self.options.steps * self.options.pause))
-            process.send_signal(signal.SIGKILL if how == "sigkill" else signal.SIGTERM)
+            if fills:
+                ballast = fill(self.disk, leave)
+            else:
+                process.send_signal(signal.SIGKILL if how == "sigkill" else signal.SIGTERM)
         lines = said(process)
+        if ballast is not None:
+            ballast.unlink()
         last = (process.errors.strip().splitlines() or [""])[-1]
         return ([json.loads(first)] if first.strip() else []) + lines, process.returncode, last
 
@@ -335,6 +398,9 @@ def main() -> None:
     killing.add_argument("--pause", type=float, default=0.02, help="seconds of sleep a step")
     killing.add_argument("--flips", type=float, default=0.2, help="how often a bit is flipped after an end")
     killing.add_argument("--seed", type=int, default=0)
+    killing.add_argument(
+        "--disk", choices=("auto", "tmpfs", "limit"), default="auto", help="what is full: a small tmpfs, or files past a size"
+    )
     golden = modes.add_parser("gold", help="bit for bit, over ways, kinds and devices")
     golden.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8])
     golden.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))

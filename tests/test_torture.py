@@ -50,6 +50,34 @@ def test_killed_at_random_nothing_verified_is_lost(torture, monkeypatch, capsys)
     assert not stop.value.code
     assert row["sigkill"] + row["sigterm"] + row["disk_full"] == 2
     assert row["starts"] == 2 + row["runs"]
+    assert row["disk"] in ("tmpfs", "file size limit")
+
+
+@pytest.mark.parametrize("leave", [0, 70_000])
+def test_a_disk_that_is_full(torture, tmp_path, capsys, leave):
+    with torture.small_disk(tmp_path, "auto") as disk:
+        if disk is None:
+            assert "no small file system could be mounted" in capsys.readouterr().err
+            return
+        (disk / "there").write_bytes(b"x" * 4096)
+        ballast = torture.fill(disk, leave)
+        with pytest.raises(OSError, match="No space left on device"):
+            (disk / "file").write_bytes(b"x" * (leave + 1))
+        (disk / "file").write_bytes(b"x" * (leave - leave % 4096))
+        ballast.unlink()
+        (disk / "file").write_bytes(b"x" * (leave + 1))
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
+def test_a_file_system_that_may_not_be_mounted_is_told(torture, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torture, "mount", lambda disk: "must be superuser")
+    for wanted, said in (("auto", "(must be superuser): no file may grow past a size instead"), ("limit", "")):
+        (tmp_path / wanted).mkdir()
+        with torture.small_disk(tmp_path / wanted, wanted) as disk:
+            assert disk is None
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="must be superuser; be root, or choose --disk limit"):
+        torture.small_disk(tmp_path, "tmpfs").__enter__()
 
 
 def test_the_torture_would_notice(torture, tmp_path):

@@ -33,7 +33,8 @@ class Checkpoints:
     reads.
 
     In a run of several processes each of them calls everything, in the same order, on a directory that all share; arrays may be
-    spread over all their devices. The first process locks, digests, deletes and decides which step is restored.
+    spread over all their devices. The first process locks, digests, deletes and decides which step is restored; what fails in one,
+    all raise.
 
     Args:
       directory: where they live; made if need be.
@@ -225,7 +226,7 @@ class Checkpoints:
         """Returns once everything is on disk and verified; raises what went wrong in the background.
 
         Raises:
-          SaveFailed: the last save was not written; said once.
+          SaveFailed: the last save was not written, or an older step could not be deleted; said once.
           TimeoutError: it is not written in time.
         """
         self._writer.wait()
@@ -237,8 +238,9 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Who leaves by an error may be alone in it: the others are not asked what they have met.
+        self._writer.close(agreeing=kind is None)
 
     def _source(self, step: int) -> str:
         return f"checkpoint {step} in {self.directory}"
@@ -289,7 +291,17 @@ class Checkpoints:
             return f"{reason}; left where it is: {error}"
 
     def _read(self, step: int, like: PyTree | None, part: str, fingerprint: Mapping[str, str] | None) -> PyTree:
-        """What a checked step holds."""
+        """What a checked step holds; where one process cannot read its own of it, all of them say so."""
+        tree, error = None, None
+        try:
+            tree = self._read_here(step, like, part, fingerprint)
+        except Exception as own:
+            error = own
+        if (error := together.failure(f"read {step}", error, self._timeout)) is not None:
+            raise error
+        return tree
+
+    def _read_here(self, step: int, like: PyTree | None, part: str, fingerprint: Mapping[str, str] | None) -> PyTree:
         path, source = self.directory / str(step), self._source(step)
         structure = storage.read_manifest(path, source)
         about.compare_fingerprints(structure.get("fingerprint", {}), fingerprint, source)

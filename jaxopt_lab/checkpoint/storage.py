@@ -203,10 +203,16 @@ def read_arrays(
     # One sharded over the devices is read by each of them; others go to theirs once they are here.
     spread = [None if s is None or s.num_devices == 1 else s for s in shardings]
     try:
-        with ocp.Checkpointer(handler()) as checkpointer:
+        with ocp.Checkpointer(handler(), multiprocessing_options=_for_itself()) as checkpointer:
             return checkpointer.restore(directory, ocp.args.Composite(tree=restore_args(structure, spread)))["tree"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{source} has unreadable arrays: {_first_line(error)}") from error
+
+
+def _for_itself() -> ocp.options.MultiprocessingOptions:
+    """Has Orbax read in this process as if there were no others: after it has read it would wait for them without an end."""
+    here = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"of{here}")
 
 
 def check(structure: dict[str, Any], stored: dict[str, Any], source: str) -> list[Any]:

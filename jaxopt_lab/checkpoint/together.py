@@ -1,4 +1,9 @@
-"""Several processes that save and restore together: what the first decides, all of them do. Alone nothing of it costs anything."""
+"""Several processes that save and restore together: what the first decides, all of them do, and what fails in one, fails in all.
+
+Each wait is bounded by the caller's timeout. Orbax waits without an end at two places: after it has read, which is passed by, since
+each process reads as if it were alone and they meet here; and where it begins to save, right after they have met here, so that only
+who dies or hangs in between is waited for, and who dies is noticed by JAX's own watch. Alone nothing of it costs anything.
+"""
 
 import itertools
 import json
@@ -13,10 +18,11 @@ from orbax.checkpoint import multihost
 from jaxopt_lab.checkpoint.digests import Damaged
 from jaxopt_lab.checkpoint.lock import Locked
 
-__all__ = ["agree", "alone", "is_first", "meet", "number"]
+__all__ = ["agree", "alone", "failure", "is_first", "meet", "number"]
 
 _ERRORS = {kind.__name__: kind for kind in (Damaged, FileNotFoundError, Locked, OSError, TimeoutError, TypeError, ValueError)}
 _COUNT = itertools.count()
+_TOLD_BYTES = 1024
 
 
 def is_first() -> bool:
@@ -103,3 +109,44 @@ def agree(name: str, decide: Callable[[], Any], timeout: float) -> Any:
     if "error" in said:
         raise _ERRORS.get(said["error"], RuntimeError)(said["message"])
     return said["value"]
+
+
+def failure(name: str, own: Exception | None, timeout: float) -> Exception | None:
+    """What went wrong in a part of the work that each process does for itself: its own error, or else that of another process.
+
+    As `agree`, to be called by every process; so all of them raise, or none does, and none goes on to wait for one that has ended.
+
+    Args:
+      name: for errors.
+      own: what this process has met; None if all went well.
+      timeout: how many seconds the others wait for it.
+
+    Returns:
+      An error to raise; None if there was none anywhere.
+
+    Raises:
+      TimeoutError: not all came in time, and this process has no error of its own.
+
+    >>> failure("a part", None, 1.0), failure("a part", ValueError("odd"), 1.0)
+    (None, ValueError('odd'))
+    """
+    if alone():
+        return own
+    said = np.zeros(_TOLD_BYTES, np.uint8)
+    if own is not None:
+        body = np.frombuffer(f"{type(own).__name__}\n{own}".encode()[:_TOLD_BYTES], np.uint8)
+        said[: body.size] = body
+    try:
+        meet(f"{name}/{number()}", timeout)
+    except TimeoutError:
+        if own is None:
+            raise
+        return own
+    rows = np.asarray(multihost_utils.process_allgather(said)).astype(np.uint8)
+    if own is not None:
+        return own
+    for process, row in enumerate(rows):
+        if row.any():
+            kind, _, message = row.tobytes().rstrip(b"\0").decode(errors="ignore").partition("\n")
+            return _ERRORS.get(kind, RuntimeError)(f"{message} (in process {process})")
+    return None

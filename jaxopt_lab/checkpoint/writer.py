@@ -100,11 +100,14 @@ class Writer:
         self._thread = threading.Thread(target=self._finish, args=(step, saved, copies, metrics), name=f"checkpoint {step}")
         self._thread.start()
 
-    def wait(self) -> None:
+    def wait(self, *, agreeing: bool = True) -> None:
         """Returns once what was begun is a verified step.
 
+        Args:
+          agreeing: whether a failure in any process is one of this process; then all of them must call this.
+
         Raises:
-          SaveFailed: it is none; said once.
+          SaveFailed: it is none, or an older one could not be deleted; said once.
           TimeoutError: it takes longer than it may.
         """
         if self._thread is not None:
@@ -115,14 +118,18 @@ class Writer:
                     "there? timeout= sets for how long to wait"
                 )
             self._thread = None
+            if agreeing:
+                # The thread has met the others, but what it did after that, and what the first one did for all, can fail in one.
+                found = together.failure(f"saved in {self._directory.name}", self._failed, self._timeout)
+                self._failed = found if found is None or isinstance(found, SaveFailed) else SaveFailed(str(found))
         if (failed := self._failed) is not None:
             self._failed = None
             raise failed
 
-    def close(self) -> None:
+    def close(self, *, agreeing: bool = True) -> None:
         """Waits, and lets go of the lock."""
         try:
-            self.wait()
+            self.wait(agreeing=agreeing)
         finally:
             # A thread that still writes keeps the lock, which ends with the process.
             if self._thread is None:
@@ -217,13 +224,14 @@ def _wait_at_exit() -> None:
     """What a program that ends without `close` has begun to save is written all the same; what fails then can only be printed."""
     for writer in list(_WRITERS):
         try:
-            writer.wait()
+            writer.wait(agreeing=False)
         except Exception as error:
             print(error, file=sys.stderr)
 
 
 # Before concurrent.futures, which Orbax uses, takes no more work: atexit and threads that are waited for come after that. Where
 # Python has no such hook, a step that is begun and not waited for is lost; so it is where Python starts no thread so late (3.12.1,
-# and no longer 3.12.3), and then it is told.
+# and no longer 3.12.3). Then it is told, and the program may take up to the timeout to end, as Orbax's threads wait for each other:
+# a `with`, `close` or `wait` is the remedy.
 if hasattr(threading, "_register_atexit"):
     threading._register_atexit(_wait_at_exit)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,7 +1,7 @@
 """Floor 3: the same step on many devices, on the same ordinary state."""
 
 from jaxopt_lab.parallel.collectives import Collective, collectives
-from jaxopt_lab.parallel.hosts import Hosts, initialize, is_first, local
+from jaxopt_lab.parallel.hosts import Hosts, alive, initialize, is_first, local
 from jaxopt_lab.parallel.placement import place, shardings
 from jaxopt_lab.parallel.pmapped import Pmapped, pmap
 from jaxopt_lab.parallel.rows import split_rows
@@ -15,6 +15,7 @@ __all__ = [
     "Pmapped",
     "Sharded",
     "Zero",
+    "alive",
     "collectives",
     "fsdp",
     "initialize",

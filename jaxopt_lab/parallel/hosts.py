@@ -16,11 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxopt_lab.core.files import alive
 from jaxopt_lab.core.rows import count_rows
 from jaxopt_lab.data.streams import Batches
 from jaxopt_lab.parallel.detection import Plan, detect
 
-__all__ = ["Hosts", "Local", "initialize", "is_first", "local", "share"]
+__all__ = ["Hosts", "Local", "alive", "initialize", "is_first", "local", "share"]
 
 # After this long past the time allowed, JAX gives up by itself, and the process with it.
 _ABORT_S = 120
@@ -54,9 +55,10 @@ def initialize(*, timeout: int = 300, heartbeat: int = 30, environ: Mapping[str,
     Once it has returned, arrays may be spread over the devices of all processes, and every process must run the same compiled
     programs in the same order. When a process dies, the others fail in what they compute together (at once on CPUs), or are ended
     by JAX's own watch after `heartbeat` seconds, with code 134 (SIGABRT): they cannot go on without it. `python -m
-    jaxopt_lab.supervise` starts all of them again. SIGTERM no longer ends a process of several: JAX's preemption service hears it,
-    for `train.fit` to save. Where arrays are exchanged between CPUs, gloo prints "Rank k is connected" once for each set of
-    devices, on the standard output; that is C++, and nothing here can keep it from it.
+    jaxopt_lab.supervise` starts all of them again, and with `--stalled` also where one hangs (see `alive`). SIGTERM no longer ends
+    a process of several: JAX's preemption service hears it, for `train.fit` to save. Where arrays are exchanged between CPUs, gloo
+    prints "Rank k is connected" once for each set of devices, on the standard output; that is C++, and nothing here can keep it
+    from it.
 
     Args:
       timeout: for how many seconds to wait until all processes are there.

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxopt_lab.core.files import alive
 from jaxopt_lab.train.first import check_batch
 from jaxopt_lab.train.record import EarlyStopping, Progress
 from jaxopt_lab.train.rewind import Rewind, scaled
@@ -61,7 +62,8 @@ def fit(
 
     With a `Run` the training lives in a directory. The same call goes on where the run was, whatever ended it: `steps` count from
     the state that is passed in, and a run that was interrupted ends on the bits of one that was not, on the same devices and with
-    the same `chunk` (of which the one that was measured is remembered).
+    the same `chunk` (of which the one that was measured is remembered). As it goes it gives signs of life (`parallel.alive`) to a
+    supervisor that looks for them.
 
     Args:
       step: a pure `(state, batch) -> (state, metrics)`, of `make_step` or `parallel.pmap` or of one's own; the state has a field
@@ -77,11 +79,13 @@ def fit(
       save: called with a copy of the state every `save_every` steps, if given, and after the last one.
       save_every: see `save`.
       run: a `Run`; or a directory for `metrics.jsonl` alone: one record a line, lines past `state.step` dropped first.
-      skips: of a step with `guard=True`, how many may be skipped in a row before that is an error.
+      skips: of a step with `guard=True`, how many may be skipped in a row before that is an error. One that overflowed for a loss
+        scale, which fell for it, is not skipped: it neither counts nor breaks the row.
       rewind: goes back to the newest checkpoint of the `Run` instead, with a smaller rate.
       check: looks at the first batch before anything is compiled: numbers that are not finite, lengths that differ, labels that the
         model has no output for. Rows of weight 0 are passed over.
-      log_every: a record of the step's metrics each time the step is a multiple of this; "skipped" counts all up to it.
+      log_every: a record of the step's metrics each time the step is a multiple of this; "skipped" and "overflowed" count all up to
+        it.
       chunk: how many steps to compile into one loop; 1 for a Python loop; None to measure.
       progress: a bar on a terminal, plain lines elsewhere (on standard error); of several processes the first one's.
 
@@ -116,6 +120,8 @@ def fit(
     state = owned(step, state)
     last = int(state.step) + steps
     with ExitStack() as closing:
+        # What follows this loop is no business of who watches it.
+        closing.callback(partial(alive, last=True))
         kept = closing.enter_context(opened(run, stop))
         ended = closing.enter_context(Stopping(listens=kept.saves))
         state, memory = kept.begin(state)
@@ -202,6 +208,8 @@ class _Training:
             loop.flush()
             # A copy, as for `save`: whoever keeps the state finds it whole when the loop has donated its own.
             found = {name: float(value) for name, value in plan.evaluate(copied(loop.state)).items()}
+            # Each of what may take long is a pause of its own.
+            alive()
             loop.keep({"step": loop.at, **found})
             improved = self._judge(found)
         if loop.at == plan.last:
@@ -209,6 +217,7 @@ class _Training:
         self.over = loop.at == plan.last or self._out_of_patience()
         if plan.save is not None and (self.over or _due(loop.at, plan.save_every, plan.last)):
             plan.save(copied(loop.state))
+            alive()
         if self.over or improved or _due(loop.at, self._kept.save_every, plan.last):
             self.keep(found if improved or plan.stop is None else None)
 
@@ -258,7 +267,7 @@ class _Training:
         self._attempts = self._attempts + 1 if int(state.step) == self._rewound else 1
         self._rewinds, self._rewound = self._rewinds + 1, int(state.step)
         state = state._replace(opt_state=scaled(state.opt_state, rewind.factor**self._attempts))
-        self._begin(state, {**memory, "skips": [0, self.loop.skips.total]})
+        self._begin(state, {**memory, "skips": list(self.loop.skips._replace(in_row=0))})
 
 
 def _check_batches(batches: Any) -> None:

@@ -13,7 +13,17 @@ from jaxopt_lab.core.types import Array, PyTree
 from jaxopt_lab.train.guard import all_finite, select
 from jaxopt_lab.train.update import floats, taken
 
-__all__ = ["LossScaleState", "as_before", "cast", "compute_dtype", "keep_optimiser", "loss_scale", "loss_scaled", "widened"]
+__all__ = [
+    "LossScaleState",
+    "as_before",
+    "cast",
+    "compute_dtype",
+    "keep_optimiser",
+    "loss_scale",
+    "loss_scaled",
+    "overflowed",
+    "widened",
+]
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -182,6 +192,25 @@ def loss_scale(opt_state: PyTree) -> Array | None:
             f"{type(opt_state).__name__}, whose other transforms would be given scaled gradients"
         )
     return None
+
+
+def overflowed(new: PyTree, old: PyTree) -> Array | None:
+    """Whether an update was passed over and the loss scale fell for it; bool, shape `[]`, or None if there is no scale.
+
+    One that overflows at the least scale has no such excuse.
+
+    Args:
+      new: the state of the optimiser after the update.
+      old: that before.
+
+    >>> tx = loss_scaled(optax.sgd(0.1), initial=2.0, minimum=1.0)
+    >>> states = [tx.init(jnp.ones(()))]
+    >>> for gradient in (1.0, jnp.inf, jnp.inf):
+    ...     states.append(tx.update(jnp.float32(gradient), states[-1])[1])
+    >>> [bool(overflowed(new, old)) for old, new in zip(states, states[1:])]
+    [False, True, False]
+    """
+    return new.scale < old.scale if isinstance(new, LossScaleState) else None
 
 
 def keep_optimiser(keep: Array, new: PyTree, old: PyTree) -> PyTree:

@@ -47,8 +47,8 @@ class Run:
     """Has `fit` keep a run in a directory: killed at any moment, the same call with `resume=True` goes on where it was.
 
     SIGTERM and SIGINT save at the next step and end the program with exit code 75; a second signal, after a second or more, ends it
-    at once. On several processes SIGTERM alone does so, to any of them, and the directory must be one that all of them share; the
-    first process alone writes the files beside the checkpoints.
+    at once. On several processes a signal to any of them does so (but no second SIGTERM), and the directory must be one that all of
+    them share; the first process alone writes the files beside the checkpoints.
 
     Attributes:
       directory: of this run alone; made if need be.
@@ -264,7 +264,8 @@ class Kept:
             if error is not None and not isinstance(error, Stopped):
                 self._status("failed", self._at or 0, error)
         finally:
-            self._open.close()
+            # With the error, by which they know that this process may be alone in it.
+            self._open.__exit__(kind, error, trace)
 
 
 def opened(run: Run | str | os.PathLike | None, stop: EarlyStopping | None = None) -> Kept:

@@ -38,8 +38,9 @@ class Stopping:
     """Whether this run was asked to end, by SIGTERM or SIGINT, while the context lasts; a second signal ends it at once.
 
     Signals within a second count as one. Of several processes all must end at the same step, which JAX's own preemption service
-    agrees on: there SIGTERM counts, to any of them, and SIGINT is that of any program. Outside of the main thread signals cannot be
-    heard, and nothing is.
+    agrees on: it hears SIGTERM, to any of them, and no second one. SIGINT to any of them is passed on to it as SIGTERM, and a
+    second SIGINT ends that process, and with it the run. Outside of the main thread signals cannot be heard, and nothing is (but
+    for SIGTERM by that service).
 
     Args:
       listens: False for a run that keeps nothing: signals are left to whoever handles them.
@@ -51,8 +52,8 @@ class Stopping:
 
     def __init__(self, *, listens: bool):
         self._many = listens and jax.process_count() > 1
-        self._listens = listens and not self._many and threading.current_thread() is threading.main_thread()
-        self._heard, self._since, self._before = False, 0.0, {}
+        self._listens = listens and threading.current_thread() is threading.main_thread()
+        self._heard, self._since, self._before = False, None, {}
         self._asked, self._questions = -1, 0
 
     def __call__(self, step: int) -> bool:
@@ -68,7 +69,8 @@ class Stopping:
     def __enter__(self) -> "Stopping":
         if self._listens:
             # What the program was told to ignore (by nohup, or in the background of a shell) it goes on ignoring.
-            heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            numbers = (signal.SIGINT,) if self._many else _SIGNALS
+            heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._hear) for number in heard}
         return self
 
@@ -78,11 +80,15 @@ class Stopping:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self._heard:
+        if self._since is not None:
             if now - self._since > _ONE_S:
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
             return
-        self._heard, self._since = True, now
+        self._since, self._heard = now, not self._many
+        where = "all processes save at one of the next steps" if self._many else "saving at the next step"
         # Not by `print`: a handler may run in the middle of one.
-        os.write(2, f"{signal.Signals(number).name}: saving at the next step; a second signal ends the run at once\n".encode())
+        os.write(2, f"{signal.Signals(number).name}: {where}; a second signal ends the run at once\n".encode())
+        if self._many:
+            # JAX's preemption service hears no other, and tells the other processes.
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -17,7 +17,7 @@ from jaxopt_lab.core.types import Array, PyTree
 from jaxopt_lab.nets.model import Model, check_model
 from jaxopt_lab.train.guard import first_nonfinite, select, turned
 from jaxopt_lab.train.microbatches import deal, part, summed
-from jaxopt_lab.train.precision import as_before, cast, compute_dtype, keep_optimiser, loss_scale, widened
+from jaxopt_lab.train.precision import as_before, cast, compute_dtype, keep_optimiser, loss_scale, overflowed, widened
 from jaxopt_lab.train.state import State, on_leaves
 from jaxopt_lab.train.update import check_shapes, check_state, floats, taken, value_function
 
@@ -70,7 +70,13 @@ class Step:
             keep = nonfinite < 0
             params, model_state = select(keep, (params, model_state), (state.params, state.model_state))
             opt_state = keep_optimiser(keep, opt_state, state.opt_state)
-            metrics |= {"skipped": 1 - keep.astype(jnp.float32), "nonfinite": nonfinite}
+            skipped = ~keep
+            if (overflow := overflowed(opt_state, state.opt_state)) is not None:
+                # Of a loss that is not finite the scale is not the cause, though it falls.
+                overflow &= nonfinite != 0
+                skipped &= ~overflow
+                metrics["overflowed"] = overflow.astype(jnp.float32)
+            metrics |= {"skipped": skipped.astype(jnp.float32), "nonfinite": nonfinite}
         return State(params, model_state, opt_state, state.step + 1, state.key), metrics
 
     def _objective(self, state: State, batch: Batch, scale: Array | None) -> Differentiate:
@@ -242,7 +248,8 @@ def make_step(
       padding, "weight" (`[B]`, 0 for padding; of nothing else, the loss and its gradient are 0). The metrics are "loss" (without
       the penalty) and "penalty" if there is one, float32; with `guard` also "skipped", float32 0 or 1, and "nonfinite", the int32
       index of the first leaf that was not finite, or -1 (`train.guard.offender(state, index)` is its name). The loss of a step
-      that was passed over is what it was, perhaps NaN.
+      that was passed over is what it was, perhaps NaN. With a `loss_scaled` optimiser, "overflowed" is 1 instead of "skipped" where
+      the loss was finite and the scaled gradients were not, and the scale fell: that is how it finds its scale, and no fault.
 
     Raises:
       TypeError: `model` is not a `Model`, or `microbatches` no integer.

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxopt_lab.core.files import alive
 from jaxopt_lab.core.types import PyTree
+from jaxopt_lab.data.blocks import block
 from jaxopt_lab.train.guard import offender
 from jaxopt_lab.train.record import Metrics, Progress
 
@@ -22,6 +24,8 @@ _PROBES = 6
 _TIMED_STEPS = 32
 _DISPATCH_S, _DISPATCH_S_PER_ARRAY = 20e-6, 10e-6
 _IN_FLIGHT = 16
+# What a guarded step says of itself.
+_GUARDS = ("skipped", "overflowed", "nonfinite")
 
 
 def worth_compiling(arrays: int) -> float:
@@ -50,10 +54,27 @@ class NonFiniteError(ArithmeticError):
 
 
 class Skips(NamedTuple):
-    """How many steps the guard has passed over: `in_row` up to now without a break, and `total`."""
+    """How many steps the guard has passed over.
+
+    Attributes:
+      in_row: up to now without a break; those that overflowed neither count nor break it.
+      total: in all, without those that overflowed.
+      overflowed: those for which a loss scale was too large, and fell.
+    """
 
     in_row: int = 0
     total: int = 0
+    overflowed: int = 0
+
+    def after(self, skipped: bool, overflowed: bool) -> "Skips":
+        """The counts after one more step.
+
+        >>> Skips(2, 5).after(False, True), Skips(2, 5).after(True, False).in_row, Skips(2, 5).after(False, False).in_row
+        (Skips(in_row=2, total=5, overflowed=1), 3, 0)
+        """
+        if overflowed:
+            return self._replace(overflowed=self.overflowed + 1)
+        return self._replace(in_row=self.in_row + 1, total=self.total + 1) if skipped else self._replace(in_row=0)
 
 
 def copied(state: PyTree) -> PyTree:
@@ -86,10 +107,29 @@ def _compiled(step: Callable) -> tuple[Callable, Callable]:
     return jax.jit(step, donate_argnums=0), jax.jit(many, donate_argnums=0)
 
 
-def _failed(call: str, error: Exception) -> Exception:
-    """An error of the data, with the call that met it: what a user can mend stays a ValueError or an OSError."""
-    kind = next((kind for kind in (ValueError, OSError) if isinstance(error, kind)), RuntimeError)
-    return kind(f"{call} failed: {type(error).__name__}: {error}")
+class _Named:
+    """Batches whose errors name the call that met them: what a user can mend stays a ValueError or an OSError.
+
+    Attributes:
+      failed: whether there was one.
+      stack: as that of the batches, if they have one.
+    """
+
+    def __init__(self, batches: Callable[[int], dict]):
+        self.failed, self._batches = False, batches
+        if (stack := getattr(batches, "stack", None)) is not None:
+            self.stack = lambda step, count: self._asked("batches.stack", stack, step, count)
+
+    def __call__(self, step: int) -> dict:
+        return self._asked("batches", self._batches, step)
+
+    def _asked(self, name: str, function: Callable[..., dict], *args: int) -> dict:
+        try:
+            return function(*args)
+        except Exception as error:
+            self.failed = True
+            kind = next((kind for kind in (ValueError, OSError) if isinstance(error, kind)), RuntimeError)
+            raise kind(f"{name}({', '.join(map(str, args))}) failed: {type(error).__name__}: {error}") from error
 
 
 class Loop:
@@ -130,13 +170,17 @@ class Loop:
         history: Sequence[dict] = (),
     ):
         self.state, self.at, self.history = state, int(state.step), list(history)
-        self.skips, self.data_failed = skips, False
+        self.skips = skips
         self._one, self._many = _compiled(step)
-        self._batches, self._log_every, self._metrics, self._shown = batches, log_every, metrics, shown
+        self._batches, self._log_every, self._metrics, self._shown = _Named(batches), log_every, metrics, shown
         self._ended, self._limit = ended, limit
         self._ahead: tuple[int, dict] | None = None
         self._in_flight: deque[tuple[int, int | None, dict]] = deque()
         self._refreshed = time.perf_counter()
+
+    @property
+    def data_failed(self) -> bool:
+        return self._batches.failed
 
     def first(self) -> dict:
         """The batch of the step that comes next, which is not asked for again."""
@@ -204,23 +248,31 @@ class Loop:
         # Old metrics are long computed; waiting for them also bounds how far ahead the loop may run.
         while len(self._in_flight) > _IN_FLIGHT:
             self._settle(*self._in_flight.popleft())
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Shows how far it is, to people and to a supervisor; ten times a second is enough."""
         if (now := time.perf_counter()) - self._refreshed > 0.1:
             self._refreshed = now
             self._shown.advance(self.at)
+            alive()
 
     def flush(self) -> None:
         """Waits for everything in flight."""
         while self._in_flight:
             self._settle(*self._in_flight.popleft())
+            # Of long steps sixteen take a while.
+            self._refresh()
         jax.block_until_ready(self.state)
         self._shown.advance(self.at)
+        alive()
 
     def _settle(self, begin: int, count: int | None, out: dict) -> None:
         logged = range(_next(begin, self._log_every), begin + (count or 1) + 1, self._log_every)
         if not logged and "skipped" not in out:
             jax.block_until_ready(out)
             return
-        values = jax.device_get(out if logged else {name: out[name] for name in ("skipped", "nonfinite")})
+        values = jax.device_get(out if logged else {name: out[name] for name in _GUARDS if name in out})
         for k in range(count or 1):
             step = begin + k + 1
             if "skipped" in out or step in logged:
@@ -229,8 +281,9 @@ class Loop:
     def _report(self, step: int, row: dict, logged: bool) -> None:
         if "skipped" in row:
             index = int(row["nonfinite"])
-            self.skips = Skips(self.skips.in_row + 1, self.skips.total + 1) if row["skipped"] else Skips(0, self.skips.total)
-            row = {**{name: value for name, value in row.items() if name != "nonfinite"}, "skipped": self.skips.total}
+            self.skips = self.skips.after(bool(row["skipped"]), bool(row.get("overflowed", 0)))
+            totals = {"skipped": self.skips.total, "overflowed": self.skips.overflowed}
+            row = {name: totals.get(name, value) for name, value in row.items() if name != "nonfinite"}
         if logged:
             self.keep({"step": step, **{name: np.asarray(value).tolist() for name, value in row.items()}})
         if self.skips.in_row >= self._limit:
@@ -249,31 +302,11 @@ class Loop:
         if self._ahead is not None and self._ahead[0] == step:
             (_, batch), self._ahead = self._ahead, None
             return batch
-        try:
-            return self._batches(step)
-        except Exception as error:
-            self.data_failed = True
-            raise _failed(f"batches({step})", error) from error
+        return self._batches(step)
 
     def _stack(self, count: int) -> tuple[dict, int]:
-        stack = getattr(self._batches, "stack", None)
-        if stack is not None:
-            try:
-                stacked = stack(self.at, count)
-            except Exception as error:
-                self.data_failed = True
-                raise _failed(f"batches.stack({self.at}, {count})", error) from error
-            return stacked, len(jax.tree.leaves(stacked)[0])
-        each = [self._batch(self.at)]
-        shapes = jax.tree.map(np.shape, each[0])
-        while len(each) < count:
-            batch = self._batch(self.at + len(each))
-            if jax.tree.map(np.shape, batch) != shapes:
-                # Of another size: it is the first of the next stack, and a function of one's own is not asked for it twice.
-                self._ahead = (self.at + len(each), batch)
-                break
-            each.append(batch)
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *each), len(each)
+        stacked, count, self._ahead = block(self._batches, self.at, count, self._ahead)
+        return stacked, count
 
 
 def _next(at: int, period: int) -> int:

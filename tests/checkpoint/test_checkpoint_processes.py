@@ -16,14 +16,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxopt_lab.checkpoint import Checkpoints
 
 CHILD = """
-    import sys
+    import sys, time
     import jax
 
     number, port, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, number, initialization_timeout=60)
     import jax.numpy as jnp, numpy as np, warnings
     from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-    from jaxopt_lab.checkpoint import Best, Checkpoints, Damaged, SaveFailed, digests, folder
+    from jaxopt_lab.checkpoint import Best, Checkpoints, Damaged, SaveFailed, digests, folder, storage
 
     mesh = Mesh(np.array(jax.devices()), ("d",))
     assert len(jax.local_devices()) == 2 and mesh.size == 4
@@ -53,11 +53,54 @@ CHILD = """
             else:
                 assert (np.asarray(a) == np.asarray(b)).all()
 
+    class patched:
+        # Something else in the place of a function, in one process.
+        def __init__(self, where, module, name, function):
+            self.given = (module, name, function) if number == where else ()
+
+        def __enter__(self):
+            if self.given:
+                module, name, function = self.given
+                self.given = (module, name, getattr(module, name))
+                setattr(module, name, function)
+
+        def __exit__(self, *_):
+            if self.given:
+                setattr(*self.given)
+
+    def refuses(*given):
+        raise PermissionError(13, "Permission denied")
+
+    def unreadable(*given):
+        raise ValueError("an odd disk")
+
+    def raised(call, kind):
+        try:
+            call()
+        except kind as error:
+            print(type(error).__name__, error)
+        else:
+            raise AssertionError("nothing was raised")
+
     with Checkpoints(directory, keep=2, best=Best("loss", maximise=False), timeout=20) as checkpoints:
-        for step in (1, 2, 3, 4):
+        for step in (1, 2, 3):
             checkpoints.save(step, state(step), metrics={"loss": abs(step - 1.5)})
         checkpoints.wait()
-        assert checkpoints.steps() == (1, 3, 4), checkpoints.steps()
+        # That an old step could not be deleted, which the first process alone knows, all of them say, and go on.
+        with patched(0, folder, "discard", refuses):
+            checkpoints.save(4, state(4), metrics={"loss": 2.5})
+            raised(checkpoints.wait, SaveFailed)
+        checkpoints.wait()
+        assert checkpoints.steps() == (1, 2, 3, 4), checkpoints.steps()
+        # So it is where one cannot read its part; and nobody waits for ever for one that reads for ever.
+        with patched(1, storage, "read_arrays", unreadable):
+            raised(lambda: checkpoints.restore(4, like=state(0)), ValueError)
+        read = storage.read_arrays
+        late = lambda *given: time.sleep(4) or read(*given)
+        with patched(1, storage, "read_arrays", late), Checkpoints(directory, timeout=1.5) as reader:
+            begin = time.monotonic()
+            raised(lambda: reader.restore(4, like=state(0)), TimeoutError)
+            assert number == 1 or time.monotonic() - begin < 3.5
         same(checkpoints.restore(1, like=state(0)), state(1))
         step, got = checkpoints.restore_latest(like=state(0))
         assert step == 4
@@ -70,30 +113,15 @@ CHILD = """
         # Errors of the first process are everybody's.
         for call, kind in (
             (lambda: checkpoints.save(4, state(4)), ValueError),
-            (lambda: checkpoints.restore(2), FileNotFoundError),
+            (lambda: checkpoints.restore(7), FileNotFoundError),
             (lambda: checkpoints.restore(4, like={"rows": state(0)["rows"]}), ValueError),
         ):
-            try:
-                call()
-            except kind as error:
-                print(type(error).__name__, error)
-            else:
-                raise AssertionError("nothing was raised")
+            raised(call, kind)
 
         # A step that the first process cannot finish is none anywhere.
-        seal = digests.seal
-        if number == 0:
-            def full(*given):
-                raise OSError(28, "No space left on device")
-            digests.seal = full
-        checkpoints.save(5, state(5))
-        try:
-            checkpoints.wait()
-        except SaveFailed as error:
-            print("SaveFailed", error)
-        else:
-            raise AssertionError("nothing was raised")
-        digests.seal = seal
+        with patched(0, digests, "seal", refuses):
+            checkpoints.save(5, state(5))
+            raised(checkpoints.wait, SaveFailed)
         assert checkpoints.latest() == 4
 
         # The newest is damaged: the first process says which is taken instead.
@@ -149,7 +177,11 @@ def directory(tmp_path_factory):
         assert f"done {number}" in text
         for message in (
             r"ValueError checkpoint 4 is in ",
-            r"FileNotFoundError no checkpoint 2 in ",
+            r"FileNotFoundError no checkpoint 7 in ",
+            r"SaveFailed checkpoint 4 is saved in ",
+            r"but an older one could not be deleted: PermissionError: [Errno 13] Permission denied",
+            r"ValueError an odd disk",
+            r"for the others at 'read 4/",
             r"is of another tree than the one wanted: columns: extra in the checkpoint",
             r"SaveFailed checkpoint 5 could not be saved in ",
             r"Damaged checkpoint 5 in ",

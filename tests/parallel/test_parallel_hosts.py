@@ -1,12 +1,14 @@
 """Several processes: what the environment says, whose rows are whose, and a run of two that loses one and ends the same.
 
-This file is also the program of that run: `python test_parallel_hosts.py DIRECTORY`.
+This file is also the program of that run: `python test_parallel_hosts.py DIRECTORY dies`.
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -59,7 +61,7 @@ def started():
     return train.init(MODEL, TX, jax.random.key(7), {"x": ARRAYS["x"][:2]})
 
 
-def program(directory: Path) -> None:
+def program(directory: Path, how: str) -> None:
     here = hosts.initialize(timeout=60, heartbeat=20)
     state, file, died = started(), directory / "newest.npz", directory / "died"
     if file.exists():
@@ -69,13 +71,17 @@ def program(directory: Path) -> None:
     (directory / f"start-{here.process}-{int(state.step)}-{os.getpid()}").write_text(repr(here))
 
     def after(state):
+        hosts.alive()
         if hosts.is_first():
             # Not by lab.checkpoint, whose import takes each of the four processes a second.
             np.savez(directory / "next.npz", step=state.step, **state.params)
             os.replace(directory / "next.npz", file)
         elif int(state.step) == DIES_AT and not died.exists():
             died.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            if how == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            # Not so that JAX would notice: its own watch goes on in threads.
+            time.sleep(600)
 
     trained(jax.devices(), hosts.local(batches()), state, after=after)
 
@@ -269,12 +275,23 @@ def until(done, seconds=20.0):
         time.sleep(0.02)
 
 
-def test_a_run_of_two_processes_that_loses_one_ends_as_that_of_one(tmp_path):
-    """Twenty steps on four devices; process 1 is killed after nine, and both go on from what process 0 has kept."""
+# Whoever waits for the one that hangs falls silent at nearly the same time: both are told.
+SILENT = r"process (0|1) gave no sign of life for \d+ s(, | \()process (?!\1)[01] "
+
+
+@pytest.mark.parametrize(
+    ("how", "options", "told"),
+    [
+        pytest.param("dies", (), "process 1 was killed by SIGKILL", id="dies"),
+        pytest.param("hangs", ("--stalled", "10"), SILENT, id="hangs", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_of_two_processes_that_loses_one_ends_as_that_of_one(tmp_path, how, options, told):
+    """Twenty steps on four devices; process 1 is killed, or hangs, after nine, and both go on from what process 0 has kept."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "jaxopt_lab.supervise", "--processes", "2", "--restarts", "1", "--delay", "0", "--grace", "1"),
-            *("--", sys.executable, __file__, str(tmp_path)),
+            *(*options, "--", sys.executable, __file__, str(tmp_path), how),
         ],
         env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
         capture_output=True,
@@ -283,7 +300,7 @@ def test_a_run_of_two_processes_that_loses_one_ends_as_that_of_one(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "process 1 was killed by SIGKILL" in done.stderr
+    assert re.search(told, done.stderr), done.stderr
     assert "restart 1 of 1" in done.stderr
     starts = sorted(tmp_path.glob("start-*"))
     begun = [tuple(map(int, start.name.split("-")[1:3])) for start in starts]
@@ -378,6 +395,83 @@ def test_progress_counts_restarts_anew(tmp_path, window, expected):
     assert supervised(tmp_path, script, "--restarts", "1", "--window", window, processes=1)[0] == expected
 
 
+def test_who_still_runs_long_after_another_has_ended_well_hangs(tmp_path):
+    """Process 0 ends, process 1 waits for ever for it, at the first start; both end at the second."""
+    ends = "until [ -e waits ]; do sleep 0.02; done; touch over; exit 0"
+    script = f"{NOTE} [ -e over ] && exit 0; {FIRST} && {{ {ends}; }}; touch waits; exec sleep 50"
+    code, said, log = supervised(tmp_path, script, "--restarts", "1", "--straggle", "0.3")
+    assert code == 0
+    assert "supervise: process 1 still ran 0 s after process 0 had ended with 0 after 0 s; all start again in 0.05 s" in said
+    assert len(log) == 4
+    # Time enough is left to who needs it, and to hang again and again is no progress, however long it takes.
+    assert supervised(tmp_path, f"{FIRST} || sleep 0.3", "--restarts", "0", "--straggle", "20")[0] == 0
+    hangs = f"{FIRST} || exec sleep 50"
+    code, said, _ = supervised(tmp_path, hangs, "--restarts", "1", "--straggle", "0.5", "--window", "0.4")
+    assert code == 124
+    assert "given up after 1 restarts" in said
+
+
+SIGN = 'touch "$JAXOPT_LAB_ALIVE"'
+
+
+def test_who_gives_no_sign_of_life_any_more_hangs(tmp_path, monkeypatch, capfd):
+    """Process 1 falls silent at the first start, and process 0 gives signs until it is ended."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    signs = f"while :; do {SIGN}; touch ready; sleep 0.05; done"
+    # What comes before the first sign and after the last may take its time, and so may what gives signs as it goes.
+    calm = f'sleep 0.9; for k in 1 2 3 4 5 6 7 8 9; do {SIGN}; sleep 0.1; done; rm "$JAXOPT_LAB_ALIVE"; sleep 0.9; exit 0'
+    silent = f"until [ -e ready ]; do sleep 0.02; done; {SIGN}; touch over; exec sleep 50"
+    script = f"{NOTE} [ -e over ] && {{ {calm}; }}; {FIRST} && {{ {signs}; }}; {silent}"
+    begin = time.monotonic()
+    assert supervise.supervise(["/bin/sh", "-c", script], processes=2, restarts=1, stalled=0.8, delay=0) == 0
+    assert time.monotonic() - begin < 20
+    said = capfd.readouterr().err
+    assert re.search(r"process 1 gave no sign of life for [01] s \(process 0 for 0 s\) after \d s; all start again", said), said
+    assert Path("log").read_text().count("\n") == 4
+    assert {path.name for path in tmp_path.iterdir()} == {"log", "over", "ready"}, "the directory of signs is gone"
+
+
+def test_signs_of_life(tmp_path, monkeypatch):
+    file = tmp_path / "sign"
+    monkeypatch.delenv("JAXOPT_LAB_ALIVE", raising=False)
+    hosts.alive()
+    monkeypatch.setenv("JAXOPT_LAB_ALIVE", str(file))
+    for _ in range(2):
+        hosts.alive()
+        os.utime(file, (1, 1))
+        hosts.alive()
+        assert abs(file.stat().st_mtime - time.time()) < 60
+        hosts.alive(last=True)
+        assert not file.exists()
+        hosts.alive(last=True)
+    monkeypatch.setenv("JAXOPT_LAB_ALIVE", str(tmp_path / "gone" / "sign"))
+    hosts.alive()
+
+
+def test_fit_gives_signs_of_life_until_it_returns(tmp_path, monkeypatch):
+    file, seen = tmp_path / "sign", []
+    monkeypatch.setenv("JAXOPT_LAB_ALIVE", str(file))
+
+    def given(step):
+        seen.append(file.exists())
+        file.unlink(missing_ok=True)
+        time.sleep(0.15)
+        return {"x": np.float32(step)}
+
+    def step(state, batch):
+        return state._replace(params=state.params + batch["x"], step=state.step + 1), {}
+
+    def evaluate(state):
+        seen.append(file.exists())
+        return {}
+
+    state = train.State(np.float32(0), {}, (), np.int32(0), jax.random.key(0))
+    train.fit(step, state, given, steps=4, chunk=1, progress=False, evaluate=evaluate)
+    assert seen == [False, True, True, True, True]
+    assert not file.exists()
+
+
 def test_what_a_process_started_is_ended_with_it(tmp_path):
     """Process 1 leaves a child behind when it is killed, and process 0 one when it is told to end."""
     script = f"sleep 50 & echo $! >> log; {FIRST} || {{ until [ $(wc -l < log) = 2 ]; do sleep 0.02; done; kill -9 $$; }}; wait"
@@ -437,4 +531,4 @@ def test_a_signal_to_the_supervisor(tmp_path, script, signals, grace, expected):
 
 
 if __name__ == "__main__":
-    program(Path(sys.argv[1]))
+    program(Path(sys.argv[1]), sys.argv[2])

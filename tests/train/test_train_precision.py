@@ -246,21 +246,45 @@ def test_an_overflow_is_passed_over_and_the_scale_falls(on_many):
     run = parallel.pmap(step) if on_many else jax.jit(step)
     batch = {"x": np.eye(8, dtype=np.float32)[0]}
     state = start = train.init(SCALAR, tx, KEY, batch)
-    scales, skipped = [], []
+    scales, skipped, overflowed = [], [], []
     for _ in range(6):
         state, metrics = run(state, batch)
         scales.append(float(train.loss_scale(state.opt_state)))
         skipped.append(float(metrics["skipped"]))
-        if skipped[-1]:
+        overflowed.append(float(metrics["overflowed"]))
+        if overflowed[-1]:
             assert float(state.params["w"]) == 1
             assert guard.offender(state, metrics["nonfinite"]) == "gradient of w"
     # In float16 the gradient of one row of eight is scale / 8, on however many devices, and 2^16 is infinite.
     assert scales == [2.0**22, 2.0**21, 2.0**20, 2.0**19, 2.0**18, 2.0**18]
-    assert skipped == [1, 1, 1, 1, 1, 0]
+    assert (overflowed, skipped) == ([1, 1, 1, 1, 1, 0], [0] * 6)
     np.testing.assert_allclose(state.params["w"], 1 - 0.1 / 8, rtol=1e-6)
     assert int(state.opt_state.overflows) == 5
     assert int(state.step) == 6
     assert float(start.params["w"]) == 1
+
+
+def test_only_what_the_scale_does_not_account_for_is_a_skip():
+    """A scale that finds its place in three steps, two batches that are bad, and gradients too large for the least scale."""
+    tx = train.loss_scaled(optax.sgd(0.1), initial=2.0**18, every=100, minimum=2.0**12)
+    step = train.make_step(SCALAR, lambda out, batch: out, tx, precision=jnp.float16, guard=True)
+    one, huge, bad = (np.float32([v]) for v in (1, 60_000, np.nan))
+    # 60,000 * 2^12 is infinite in float16, and 1 * 2^15 is not.
+    batches = [one] * 4 + [bad] * 2 + [one] + [huge] * 3 + [one] + [huge] * 2
+    state = train.init(SCALAR, tx, KEY, {"x": one})
+    result = train.fit(
+        step, state, lambda t: {"x": batches[t]}, steps=len(batches), skips=3, log_every=1, check=False, progress=False, chunk=1
+    )
+    rows = result.history
+    assert [row["overflowed"] for row in rows] == [1, 2, 3, 3, 3, 3, 3, 4, 4, 4, 4, 4, 4]
+    assert [row["skipped"] for row in rows] == [0, 0, 0, 0, 1, 2, 2, 2, 3, 4, 4, 5, 6]
+    assert int(result.state.opt_state.overflows) == 10
+    # Three at the least scale in a row are too many, and the six that lower it to there are not; chunks count alike.
+    for chunk in (1, 5):
+        with pytest.raises(train.NonFiniteError, match=r"3 steps in a row were skipped, the last of them step 9: gradient of w"):
+            train.fit(
+                step, state, lambda t: {"x": (one if t == 0 else huge)}, steps=30, skips=3, check=False, progress=False, chunk=chunk
+            )
 
 
 def test_a_step_that_fails_otherwise_does_not_reach_the_inner_state():

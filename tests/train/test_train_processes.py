@@ -19,8 +19,9 @@ STUDY = ROOT / "experiments" / "train.py"
 SHORT = ["--epochs", "3", "--save-every", "10", "--fsdp"]
 
 
-def started(out):
-    command = [sys.executable, "-m", "jaxopt_lab.supervise", "--processes", "2", "--restarts", "1", "--delay", "0.1", "--"]
+def started(out, *options):
+    options = options or ("--restarts", "1")
+    command = [sys.executable, "-m", "jaxopt_lab.supervise", "--processes", "2", "--delay", "0.1", *options, "--"]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     command += [sys.executable, str(STUDY), "--out", str(out), "--resume", *SHORT]
@@ -77,6 +78,19 @@ def test_one_of_two_is_killed_and_both_go_on_from_the_last_checkpoint(tmp_path, 
     same(records(tmp_path), alone)
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "finished"
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"60", "69", "lock"}
+
+
+@pytest.mark.slow
+def test_an_interrupt_of_one_has_both_save_and_both_go_on(tmp_path, alone):
+    """As Ctrl-C where nobody passes it on as SIGTERM; the supervisor takes it for a preemption, and starts both again."""
+    process = started(tmp_path, "--restarts", "0")
+    wait_for(process, lambda: verified(tmp_path) >= 10)
+    os.kill(children(process)[1], signal.SIGINT)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert "SIGINT: all processes save at one of the next steps" in said
+    assert "has saved and ended (code 75)" in said
+    same(records(tmp_path), alone)
 
 
 @pytest.mark.slow

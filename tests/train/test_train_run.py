@@ -16,6 +16,7 @@ import pytest
 
 from jaxopt_lab import losses, nets, train
 from jaxopt_lab.checkpoint import Best, Checkpoints, Locked
+from jaxopt_lab.train import signals
 
 LOSS = losses.per_example(losses.cross_entropy)
 MODEL = nets.from_linen(nets.MLP(features=(4,), classes=3))
@@ -374,6 +375,30 @@ def test_the_first_batch_is_looked_at(spoil, message):
     weighted = {**bad, "weight": np.zeros(len(bad["x"]), np.float32)}
     if len(bad["x"]):
         train.fit(train.make_step(MODEL, LOSS, optax.sgd(0.1)), start(step.tx), lambda t: weighted, steps=1, progress=False)
+
+
+def test_an_interrupt_of_one_of_several_processes_is_told_to_all(monkeypatch):
+    """As SIGTERM, which JAX's preemption service hears; a second one, later, ends the process."""
+    sent, raised, now, before = [], [], [100.0], signal.getsignal(signal.SIGINT)
+    asked = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "kill", lambda *given: sent.append(given))
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    with signals.Stopping(listens=True):
+        assert signal.getsignal(signal.SIGTERM) is asked
+        signal.raise_signal(signal.SIGINT)
+        assert sent == [(os.getpid(), signal.SIGTERM)]
+        # As mpirun and a terminal may both send one.
+        now[0] += 0.5
+        signal.raise_signal(signal.SIGINT)
+        now[0] += 1
+        with monkeypatch.context() as patched:
+            patched.setattr(signal, "raise_signal", raised.append)
+            signal.getsignal(signal.SIGINT)(signal.SIGINT, None)
+        assert (raised, signal.getsignal(signal.SIGINT), len(sent)) == ([signal.SIGINT], signal.SIG_DFL, 1)
+    assert signal.getsignal(signal.SIGINT) is before
+    with signals.Stopping(listens=False):
+        assert signal.getsignal(signal.SIGINT) is before
 
 
 PROGRAM = """
