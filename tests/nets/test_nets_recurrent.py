@@ -68,6 +68,9 @@ SMALL = {
     "simple": nets.Recurrent((4,), 2, cell=nn.SimpleCell, every_step=True, dropout=0.5),
 }
 
+# What runs one way, runs both ways as well.
+KINDS = [pytest.param(name, marks=pytest.mark.slow if name == "lstm" else ()) for name in SMALL]
+
 
 def inputs(name):
     draw = np.random.default_rng(1)
@@ -142,7 +145,7 @@ def forward(module, params, x):
     return dense(params["head"], x)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", KINDS)
 def test_as_numpy_computes_it_and_blind_behind_the_lengths(name):
     model, variables = made(name)
     module, x = SMALL[name], inputs(name)
@@ -180,7 +183,7 @@ def test_dropout_acts_in_training_only(name):
     assert not np.allclose(outputs[0], jax.jit(model.predict)(variables, x, LENGTHS))
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", KINDS)
 def test_types_of_parameters_and_of_computation(name):
     half = nets.from_linen(SMALL[name].clone(dtype=jnp.bfloat16, param_dtype=jnp.float16))
     variables = jax.eval_shape(half.init, KEY, inputs(name))

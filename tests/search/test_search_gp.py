@@ -21,8 +21,12 @@ LENGTHS, SCALE, NOISE = np.array([0.3, 0.7, 2.0]), 1.7, 0.02
 NUMBERS = np.zeros(D, bool)
 
 
-def hyper(dims):
-    return process.Hyper(buckets.pad(-2 * np.log(LENGTHS), dims), np.log(SCALE), np.log(NOISE))
+WARPS = np.array([[-1.2, 0.0, 0.7], [0.4, -0.9, 0.0]])
+
+
+def hyper(dims, warps=None):
+    warps = None if warps is None else buckets.pad(warps, 2, dims)
+    return process.Hyper(buckets.pad(-2 * np.log(LENGTHS), dims), np.log(SCALE), np.log(NOISE), warps)
 
 
 def unpadded(x=X, y=Y, categorical=NUMBERS):
@@ -80,17 +84,90 @@ def test_padding_changes_nothing(given, new):
         np.testing.assert_allclose(*both, rtol=1e-12)
 
 
-def test_gradient_of_the_density_is_that_of_differences():
+@pytest.mark.parametrize("warps", [None, WARPS], ids=["as they are", "warped"])
+def test_gradient_of_the_density_is_that_of_differences(warps):
     data = process.data(X, Y, NUMBERS)
-    flat = np.concatenate([*hyper(4)[:1], [np.log(SCALE), np.log(NOISE)]])
+    flat = process._flat(hyper(4, warps))
+    padded = [3] if warps is None else [3, 9, 13]
     with exactly():
-        distances = kernel.squared_distances(data.x, data.x, data.categorical)
+        distances = kernel.squared_distances(data.x, data.x, data.categorical) if warps is None else None
         _, gradient = process._loss(flat, data, distances)
-        for i in (0, 1, 2, 4, 5):
-            e = 1e-6 * np.eye(6)[i]
-            slope = (process._loss(flat + e, data, distances)[0] - process._loss(flat - e, data, distances)[0]) / 2e-6
+        for i in np.delete(np.arange(len(flat)), padded):
+            # Five points, far enough apart that rounding in the logarithms of a warp does not tell.
+            at = {k: float(process._loss(flat + 1e-3 * k * np.eye(len(flat))[i], data, distances)[0]) for k in (-2, -1, 1, 2)}
+            slope = (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / 12e-3
             np.testing.assert_allclose(gradient[i], slope, rtol=1e-6, atol=1e-8)
-        assert gradient[3] == 0  # of the padded dimension
+        np.testing.assert_array_equal(gradient[np.array(padded)], 0)
+
+
+def warp(x, warps):
+    """By the formula, in numpy; the corner is left out."""
+    a, b = np.exp(warps)
+    return 1 - (1 - x ** a[None]) ** b[None]
+
+
+def test_a_warp_keeps_ends_order_and_what_is_no_number():
+    x = np.linspace(0, 1, 101)[:, None] * np.ones((1, 3))
+    with exactly():
+        of = jax.jit(kernel.warped)
+        np.testing.assert_allclose(of(x, NUMBERS, np.zeros((2, 3))), x, atol=1e-12)
+        bent = np.asarray(of(x, NUMBERS, WARPS))
+        np.testing.assert_array_equal(bent[[0, -1]], [[0, 0, 0], [1, 1, 1]])
+        assert (np.diff(bent, axis=0) > 0).all()
+        low, high = warp(np.full((1, 3), 1e-4), WARPS), warp(np.full((1, 3), 1 - 1e-4), WARPS)
+        np.testing.assert_allclose(bent, (warp(1e-4 + (1 - 2e-4) * x, WARPS) - low) / (high - low), atol=1e-12)
+        odd = np.array([[2.0, kernel.INACTIVE, -0.3], [1.0, 1.7, kernel.INACTIVE]])
+        np.testing.assert_array_equal(of(odd, np.array([True, False, False]), WARPS), odd)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_a_warp_has_finite_derivatives_at_the_corners(dtype):
+    corners = np.array([[0.0, 1.0, kernel.INACTIVE], [1.0, 0.0, 0.0]])
+    with exactly():
+        of = jax.jit(jax.vmap(jax.grad(lambda x, w: kernel.warped(x, NUMBERS, w).sum(), argnums=(0, 1)), (None, 0)))
+        extremes = np.array([[[a] * 3, [b] * 3] for a in (-2, 0, 2) for b in (-2, 0, 2)])
+        for slopes in of(jnp.asarray(corners, dtype), jnp.asarray(extremes, dtype)):
+            assert slopes.dtype == dtype
+            assert np.isfinite(slopes).all()
+
+
+def test_a_warped_process_is_one_of_warped_points(new):
+    with exactly():
+        points, asked = (np.asarray(kernel.warped(x, NUMBERS, WARPS)) for x in (X, NEW))
+        both = jax.jit(lambda h, d, x: (process.log_evidence(h, d), *process.posterior(process.condition(h, d), x)))
+        plain = both(hyper(D), unpadded(points), asked)
+        for of in (both(hyper(D, WARPS), unpadded(), NEW), both(hyper(4, WARPS), process.data(X, Y, NUMBERS), new)):
+            for ours, theirs in zip(of, plain, strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [60, 150])
+def test_a_warp_is_found_where_there_is_one(n):
+    x = np.random.default_rng(1).random((n, 2))
+    bent = warp(x, np.array([[-1.2, 0.0], [0.0, 0.0]]))
+    data = process.data(x, outputs.standardise(np.sin(9 * bent[:, 0]) + bent[:, 1]), np.zeros(2, bool))
+    without, found = process.fit(data), process.fit(data, warp=True)
+    assert without.warps is None
+    np.testing.assert_allclose(found.warps[:, 2:], 0)  # of what is padding
+    with exactly():
+        evidence = jax.jit(lambda h: process.log_evidence(h, data))
+        assert evidence(found) > evidence(without) + 20
+        density = jax.jit(lambda h: process.log_evidence(h, data) + process.log_prior(h, data.dims))
+        assert density(found) > density(without) + 15
+        at = np.linspace(0, 1, 51)[:, None] * np.ones((1, 4))
+        curve = np.asarray(kernel.warped(at, np.zeros(4, bool), found.warps))[:, 0]
+    assert np.abs(curve - warp(at, np.array([[-1.2] * 4, [0.0] * 4]))[:, 0]).max() < 0.1
+    assert np.abs(curve - at[:, 0]).max() > 0.3
+
+
+def test_a_warp_that_is_not_worth_it_is_none():
+    x = np.random.default_rng(3).random((40, 2))
+    data = process.data(x, outputs.standardise(np.sin(7 * x[:, 0] + 4 * x[:, 1])), np.zeros(2, bool))
+    without, found = process.fit(data), process.fit(data, warp=True)
+    assert without.warps is None
+    np.testing.assert_array_equal(found.warps, np.zeros((2, 4)))
+    for ours, theirs in zip(found[:3], without[:3], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_fit_finds_the_length_scales():
@@ -112,7 +189,7 @@ def test_a_fit_to_many_starts_from_some():
     found, direct = process.fit(data), process.fit(data, start=process.Hyper(np.zeros(4), np.zeros(()), np.log(1e-2)))
     with exactly():
         loss = [
-            float(process._loss(np.concatenate([h[0], h[1:]]), data, kernel.squared_distances(data.x, data.x, data.categorical))[0])
+            float(process._loss(process._flat(h), data, kernel.squared_distances(data.x, data.x, data.categorical))[0])
             for h in (found, direct)
         ]
     assert loss[0] < loss[1] + 1.0  # of some hundreds
@@ -245,7 +322,8 @@ def test_fantasies_keep_what_is_known_and_have_the_posterior_moments(given, new)
     np.testing.assert_allclose(drawn[:, N : N + 2].var(0), variance + NOISE, rtol=0.05)
 
 
-def test_nothing_is_compiled_within_a_bucket():
+@pytest.mark.parametrize("warped", [False, True])
+def test_nothing_is_compiled_within_a_bucket(warped):
     space = suggest.Space(np.array([False, False, True]), np.array([0, 4, 3]))
     rng = np.random.default_rng(0)
     jitted = [process._loss, process._distances, suggest._processes, maximise.score, maximise.refined]
@@ -253,7 +331,7 @@ def test_nothing_is_compiled_within_a_bucket():
     def ask(n):
         x = suggest.draw(space, rng.random((n, 3)))
         known = suggest.Known(x, -((x[:, :1] - 0.3) ** 2), np.zeros((n, 0)), np.zeros((0, 3)))
-        return suggest.suggest(space, known, rng)
+        return suggest.suggest(space, known, rng, warp_inputs=warped)
 
     ask(5)
     before = [each._cache_size() for each in jitted]

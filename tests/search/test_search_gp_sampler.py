@@ -58,6 +58,21 @@ def test_it_finds_a_minimum_and_a_maximum():
         assert sign * study.best_value < 1e-3
 
 
+def test_warped_inputs_find_what_lies_at_the_end_of_a_range():
+    """A rate whose logarithm counts, on a range that is none; beside it a category, which is not warped."""
+
+    def objective(trial):
+        rate, kind = trial.suggest_float("rate", 0, 1), trial.suggest_categorical("kind", ["a", "b"])
+        return (math.log10(rate + 1e-4) + 3) ** 2 + (kind == "b")
+
+    best = []
+    for warp_inputs in (False, True):
+        study = optuna.create_study(sampler=GPSampler(seed=0, n_startup_trials=6, warp_inputs=warp_inputs))
+        study.optimize(objective, n_trials=16)
+        best.append(study.best_value)
+    assert best[1] < best[0] / 4
+
+
 def test_a_study_that_is_resumed_goes_on_as_one_that_was_not():
     whole = optuna.create_study(sampler=GPSampler(seed=3, n_startup_trials=4))
     whole.optimize(bowl, n_trials=9)

@@ -397,7 +397,7 @@ OPTIMISERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "sparsify" else ()) for n in OPTIMISERS])
 def test_states_of_optimisers_are_cut_with_their_parameters(name):
     tx = OPTIMISERS[name]
     params = {"a": _normal(3, 6), "b": _normal(6, 8, seed=1), "c": _normal(8, 2, seed=2)}

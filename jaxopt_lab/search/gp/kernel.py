@@ -10,10 +10,48 @@ import jax.numpy as jnp
 
 from jaxopt_lab.core.types import Array
 
-__all__ = ["INACTIVE", "covariance", "matern", "squared_distances"]
+__all__ = ["INACTIVE", "covariance", "matern", "squared_distances", "warped"]
 
 INACTIVE = -1e6
 """The coordinate of a dimension that a point does not have. No other coordinate may come near: those of a range are in [0, 1]."""
+
+
+_CORNER = 1e-4  # A warp starts this far into the unit interval, as its slope at the ends of it is 0 or infinite.
+
+
+def warped(x: Array, categorical: Array, warps: Array) -> Array:
+    r"""Points with each number bent by a monotone map of [0, 1] onto itself, the distribution function of Kumaraswamy.
+
+    .. math:: 1 - (1 - x^a)^b
+
+    Where a = b = 1 it is the identity. a < 1 < b spreads what is near 0, the reverse what is near 1, both above 1 the middle. It is
+    taken between 1e-4 and 1 - 1e-4 and stretched to [0, 1] again, so that values and derivatives are finite everywhere. Categories,
+    `INACTIVE` and what lies out of the range stay as they are.
+
+    Args:
+      x: points [n, d], as of `squared_distances`.
+      categorical: which dimensions are categories [d], bool.
+      warps: the logarithms of a and b [2, d].
+
+    Returns:
+      [n, d].
+
+    >>> x = jnp.array([[0.0], [0.25], [1.0]])
+    >>> warped(x, jnp.array([False]), jnp.log(jnp.array([[0.5], [1.0]]))).round(2)[:, 0].tolist()  # about the square root
+    [0.0, 0.5, 1.0]
+
+    Source: Snoek, Swersky, Zemel and Adams, "Input warping for Bayesian optimization of non-stationary functions", 2014.
+    """
+    a, b = jnp.exp(warps[0])[None, :], jnp.exp(warps[1])[None, :]
+
+    def bent(u: Array) -> Array:
+        return -jnp.expm1(b * jnp.log(-jnp.expm1(a * jnp.log(u))))
+
+    low, high = (bent(jnp.full((1, 1), end, x.dtype)) for end in (_CORNER, 1 - _CORNER))
+    # Each number is given a point of the interval, so that its derivative is a number there too.
+    inside = ~categorical[None, :] & (x >= 0) & (x <= 1)
+    unit = jnp.where(inside, x, 0.5)
+    return jnp.where(inside, (bent(_CORNER + (1 - 2 * _CORNER) * unit) - low) / (high - low), x)
 
 
 @jax.custom_jvp

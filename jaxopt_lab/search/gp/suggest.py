@@ -62,7 +62,9 @@ def draw(space: Space, unit: np.ndarray) -> np.ndarray:
     return np.where(space.levels > 0, grid, unit)
 
 
-def suggest(space: Space, known: Known, rng: np.random.Generator, *, noise: float | None = None) -> np.ndarray:
+def suggest(
+    space: Space, known: Known, rng: np.random.Generator, *, noise: float | None = None, warp_inputs: bool = False
+) -> np.ndarray:
     """The point of the largest expected gain [d].
 
     Processes are fitted to the values as `outputs` scales them, the gain's logarithm (improvement, or hypervolume for several
@@ -75,14 +77,16 @@ def suggest(space: Space, known: Known, rng: np.random.Generator, *, noise: floa
     a fit that is too sure of itself sees nothing to gain but where it is. For three turns in ten continuous coordinates keep
     within 0.2 of a leader (a trust region, after Eriksson et al. 2019).
 
-    Pending points are fantasised: 16 joint draws for one objective, the posterior mean for several. No point is suggested twice
-    while there is another.
+    Pending points are fantasised: 16 joint draws for one objective, the posterior mean for several. For one objective that is the
+    greedy choice of a batch by its joint expected improvement (Wilson, Hutter and Deisenroth 2018): what a point adds to the
+    pending ones is its improvement on the best of each draw. No point is suggested twice while there is another.
 
     Args:
       space: the dimensions.
       known: at least one point with its values.
       rng: the only source of chance.
       noise: the variance of the noise of standardised values, where it is known.
+      warp_inputs: whether points are warped where that is worth it, see `process.fit`.
 
     >>> x = np.array([[0.1], [0.4], [0.7], [0.9]])
     >>> known = Known(x, -((x - 0.5) ** 2), np.zeros((4, 0)), np.zeros((0, 1)))
@@ -97,7 +101,7 @@ def suggest(space: Space, known: Known, rng: np.random.Generator, *, noise: floa
     columns = values if limits is None else np.column_stack([values, limits[:-1]])
     fits = [data(known.x, y, space.categorical) for y in columns.T]
     turn = len(known.x) + len(known.pending)
-    hypers = [_varied(fit(each, noise=0.0 if noise is None and turn % 2 else noise), turn) for each in fits]
+    hypers = [_varied(fit(each, noise=0.0 if noise is None and turn % 2 else noise, warp=warp_inputs), turn) for each in fits]
     with exactly():
         question, lengths = _ask(known, columns, values, limits, fits[0].categorical, hypers, rng)
         return _maximum(space, known, question, lengths, _leaders(known, values), rng)
@@ -140,7 +144,7 @@ def _ask(known, columns, values, limits, categorical, hypers, rng) -> tuple[Ques
     pending = (np.arange(N) >= n) & (np.arange(N) < n + p)
     draws = _FANTASIES if p and objectives == 1 else 1
     normals = rng.standard_normal((draws, N)) if draws > 1 else np.zeros((1, N))
-    hyper = Hyper(*(np.stack(leaf) for leaf in zip(*hypers, strict=True)))
+    hyper = jax.tree.map(lambda *leaves: np.stack(leaves), *hypers)
     processes, y, weights = _processes(hyper, stacked, pending, normals)
     y, w = np.asarray(y), np.asarray(weights)
     # What the process makes of a noisy value is y - noise weights: the best of these is not the luckiest of the draws.
