@@ -29,7 +29,7 @@ def test_the_samples_run(tmp_path, monkeypatch, capsys):
 
     assert any("lab.parallel.pmap" in other for other in others)
     for other in others:
-        exec(other.replace('"steps": 200', '"steps": 80').replace("steps=300", "steps=20"), names)
+        exec(other.replace('"steps": 200', '"steps": 40').replace("steps=300", "steps=20"), names)
     masked = names["lab"].surgery.mask(names["variables"], names["plan"])
     np.testing.assert_allclose(names["slim_logits"], jax.jit(names["model"].predict)(masked, digits.test["x"]), atol=1e-4)
     assert names["begun_anew"] == ()

@@ -40,7 +40,7 @@ def assert_same(got, want):
 
 
 def _normal(*shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(0).normal(size=shape).astype(np.float32))
+    return jax.device_put(np.random.default_rng(0).normal(size=shape).astype(np.float32))
 
 
 def _codes(bits: int, *shape: int) -> packing.Packed:

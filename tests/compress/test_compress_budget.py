@@ -15,7 +15,7 @@ from jaxopt_lab.core import tree
 
 def _normal(seed, *shape):
     # NumPy compiles no program for each shape.
-    return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape))
+    return jax.device_put(np.random.default_rng((seed, *shape)).normal(size=shape))
 
 
 PARAMS = {

@@ -18,7 +18,7 @@ from jaxopt_lab.core import tracing
 
 def _normal(*shape: int, seed: int = 0) -> jax.Array:
     # NumPy compiles no program for each shape.
-    return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape))
+    return jax.device_put(np.random.default_rng((seed, *shape)).normal(size=shape))
 
 
 def _chain(params, x):

@@ -25,12 +25,12 @@ _dense = jax.jit(lambda leaf: leaf.materialise())
 
 
 def _normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
 def _leaf(*shape: int, k: int = 16, axis: int = -2, zero: bool = False, dtype=jnp.float32) -> Clustered:
     """Random indices of `k` values, of which one is 0 where `zero`."""
-    indices = jnp.asarray(np.random.default_rng(3).integers(0, k, shape).astype(np.uint8))
+    indices = jax.device_put(np.random.default_rng(3).integers(0, k, shape).astype(np.uint8))
     bits = (k - 1).bit_length()
     packed = indices if bits == 8 else _pack(indices, bits, axis)
     return Clustered(_normal(*(1,) * len(shape), k - zero, seed=4), packed, zero, dtype)
@@ -377,7 +377,7 @@ def test_layers_stacked_for_a_scan_and_for_vmap():
 
 def test_double_precision_is_kept():
     with jax.enable_x64(True):
-        w = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4)))
+        w = jax.device_put(np.random.default_rng(0).normal(size=(8, 4)))
         leaf = cluster({"kernel": w}, k=4, start=kmeans.plus_plus(jax.random.key(0)))["kernel"]
         assert leaf.codebook.dtype == _dense(leaf).dtype == jnp.float64
         members = [np.asarray(w)[np.asarray(_unpack(leaf.indices)) == i] for i in range(4)]

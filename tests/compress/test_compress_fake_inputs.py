@@ -15,7 +15,7 @@ from jaxopt_lab.compress import PACT, DynamicInputs, LearnedInputs, fake_quantiz
 
 def _normal(*shape: int, seed: int = 0) -> jax.Array:
     # NumPy compiles no program for each shape.
-    return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape))
+    return jax.device_put(np.random.default_rng((seed, *shape)).normal(size=shape))
 
 
 def _times(p, x):

@@ -25,7 +25,7 @@ class Net(nn.Module):
         return nn.Dense(3)(x.mean((1, 2)))
 
 
-_X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6, 6, 2)), jnp.float32)
+_X = jax.device_put(np.asarray(np.random.default_rng(0).normal(size=(8, 6, 6, 2)), np.float32))
 _BATCH = {"x": _X, "y": jnp.arange(8) % 3}
 _CONVOLUTIONS = "**/Conv_*/kernel"
 
@@ -115,7 +115,7 @@ def test_gradients_are_those_of_the_folded_weight():
     params = {"kernel": rng.normal(size=(5, 4)), "scale": rng.uniform(0.2, 3.0, (1, 4)), "bias": rng.normal(size=(1, 4))}
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
     latent = compress.fake_quantize(params, bits=3, axis=None, where="kernel")
-    x = jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)
+    x = jax.device_put(np.asarray(rng.normal(size=(6, 5)), np.float32))
     lifted = compress.lift(rounded_as_folded(apply, latent, x, where="kernel"))
     got = jax.jit(jax.grad(lambda p: lifted(p, x).sum(), allow_int=True))(latent)
 

@@ -39,7 +39,7 @@ _FORMATS = [pytest.param(name, marks=() if name in _ALWAYS else pytest.mark.slow
 
 def _normal(*shape: int, seed: int = 0) -> jax.Array:
     # NumPy compiles no program for each shape.
-    return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape))
+    return jax.device_put(np.random.default_rng((seed, *shape)).normal(size=shape))
 
 
 def _stored(name: str, *shape: int):

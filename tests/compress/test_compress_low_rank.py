@@ -21,7 +21,7 @@ _close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
 
 
 def _normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
 def _leaf(a: tuple[int, ...], b: tuple[int, ...], layout: str = "rc", dtype=jnp.float32) -> LowRank:

@@ -22,12 +22,12 @@ _pack, _to_groups = jax.jit(packing.pack, static_argnums=(1, 2)), jax.jit(sparse
 
 
 def _normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
 def _sparse(*shape: int, kept: float = 0.2, dtype=jnp.float32) -> jax.Array:
     mask = np.random.default_rng(5).random(shape) < kept
-    return jnp.asarray(np.where(mask, _normal(*shape), 0).astype(dtype))
+    return jax.device_put(np.where(mask, _normal(*shape), 0).astype(dtype))
 
 
 def _n_of_m(w: jax.Array, n: int, m: int, axis: int) -> np.ndarray:

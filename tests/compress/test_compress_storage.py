@@ -174,14 +174,14 @@ def test_sizes_lie_between_the_entropy_and_the_packed_bytes():
         assert bound <= nbytes <= tree.nbytes(packed)
         assert nbytes < 1.03 * bound + 300
     # Uniform codes have no shorter form, and are left as they are.
-    uniform = packing.pack(jnp.asarray(random.integers(0, 32, (256, 200)).astype(np.uint8)), 5)
+    uniform = packing.pack(jax.device_put(random.integers(0, 32, (256, 200)).astype(np.uint8)), 5)
     assert storage.codes_together(uniform) is None
     assert compress.huffman_nbytes(uniform) == tree.nbytes(uniform)
 
 
 def test_the_bits_of_a_code_are_coded_together_where_that_is_shorter():
     # Of 3 and 4, one in four bits and the two lower ones say the same: together one bit a code, apart two.
-    codes = jnp.asarray(3 + np.random.default_rng(8).integers(0, 2, 8000).astype(np.uint8))
+    codes = jax.device_put(3 + np.random.default_rng(8).integers(0, 2, 8000).astype(np.uint8))
     packed = packing.pack(codes, 3)
     np.testing.assert_array_equal(storage.codes_together(packed), codes)
     assert compress.huffman_nbytes(packed) == entropy.coded_nbytes(np.asarray(codes))
@@ -192,7 +192,7 @@ def test_the_bits_of_a_code_are_coded_together_where_that_is_shorter():
 def test_a_deep_compressed_layer_takes_a_fraction_of_its_bytes():
     # Pruned to 90 %, and the rest in 15 shared values: an eighth of its bytes in four bits, and a thirtieth once they are coded.
     w = np.random.default_rng(9).normal(size=(300, 100)).astype(np.float32)
-    w = jnp.asarray(np.where(np.abs(w) > 1.645, w, 0))
+    w = jax.device_put(np.where(np.abs(w) > 1.645, w, 0))
     stored = compress.cluster({"kernel": w}, k=16, preserve_zero=True, iterations=5)
     nbytes = compress.huffman_nbytes(stored)
     share = np.unique(np.asarray(packing.unpack(stored["kernel"].indices)), return_counts=True)[1] / w.size

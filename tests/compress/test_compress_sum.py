@@ -22,7 +22,7 @@ _close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
 
 
 def _array(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
 def _coarse(step: float = 0.5):

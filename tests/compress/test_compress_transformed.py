@@ -15,7 +15,7 @@ from jaxopt_lab.compress.leaves.transformed import InputScaled, Rotated
 
 
 def _normal(*shape: int, seed: int = 0, dtype=np.float32) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+    return jax.device_put(np.asarray(np.random.default_rng(seed).normal(size=shape), dtype))
 
 
 def _made(kind: type, w: jax.Array, inputs: tuple[int, ...], stack: tuple[int, ...] = (), store=None):
@@ -26,7 +26,7 @@ def _made(kind: type, w: jax.Array, inputs: tuple[int, ...], stack: tuple[int, .
     if kind is InputScaled:
         scale = jnp.exp(_normal(*sides, seed=7))
         return InputScaled(store((w * scale).astype(w.dtype)), scale)
-    signs = jnp.asarray(np.where(_normal(*sides, seed=8) > 0, 1, -1), jnp.int8)
+    signs = jax.device_put(np.asarray(np.where(_normal(*sides, seed=8) > 0, 1, -1), np.int8))
     rotated = hadamard.transform(w.astype(jnp.float32) * signs, along[0]).astype(w.dtype)
     return Rotated(store(rotated), signs, along[0] - w.ndim)
 

@@ -22,7 +22,7 @@ def _f32(*shape: int) -> jax.ShapeDtypeStruct:
 
 def _normal(*shape: int, seed: int = 0) -> jax.Array:
     # NumPy compiles no program for each shape.
-    return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape))
+    return jax.device_put(np.random.default_rng((seed, *shape)).normal(size=shape))
 
 
 def _linen(module: nn.Module, *inputs):

@@ -17,7 +17,7 @@ _IMAGE = jnp.linspace(-1.0, 1.0, 2 * 5 * 5 * 3).reshape(2, 5, 5, 3)
 
 def _normal(*shape: int, seed: int = 0) -> jax.Array:
     # NumPy compiles no program for each shape.
-    return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape))
+    return jax.device_put(np.random.default_rng((seed, *shape)).normal(size=shape))
 
 
 def _params(**more):

@@ -13,8 +13,8 @@ from jaxopt_lab.core.tracing.regions import find, product, stacked
 from jaxopt_lab.core.tracing.replaced import Dropped, Repeated, Restacked, replaced
 from jaxopt_lab.core.tracing.zeros import added
 
-X = jnp.asarray(np.sin(np.arange(12.0)).reshape(3, 4))
-P = {name: jnp.asarray(np.cos(k + np.arange(16.0)).reshape(4, 4) / 2) for k, name in enumerate("abc")}
+X = jax.device_put(np.sin(np.arange(12.0)).reshape(3, 4))
+P = {name: jax.device_put(np.cos(k + np.arange(16.0)).reshape(4, 4) / 2) for k, name in enumerate("abc")}
 KEY = jax.random.key(0)
 
 

@@ -9,10 +9,10 @@ import pytest
 from jaxopt_lab.losses import combine, cross_entropy, distill, per_example
 
 RNG = np.random.default_rng(0)
-OUTPUTS = jnp.asarray(RNG.normal(size=(6, 3)), jnp.float32)
+OUTPUTS = jax.device_put(np.asarray(RNG.normal(size=(6, 3)), np.float32))
 BATCH = {
-    "y": jnp.asarray(RNG.integers(0, 3, size=6), jnp.int32),
-    "teacher": jnp.asarray(RNG.normal(size=(6, 3)), jnp.float32),
+    "y": jax.device_put(np.asarray(RNG.integers(0, 3, size=6), np.int32)),
+    "teacher": jax.device_put(np.asarray(RNG.normal(size=(6, 3)), np.float32)),
     "tau": jnp.linspace(1.0, 5.0, 6),
 }
 

@@ -12,7 +12,7 @@ from jaxopt_lab.core import tree
 from jaxopt_lab.losses import cross_entropy, distill
 
 RNG = np.random.default_rng(0)
-STUDENT, TEACHER = (jnp.asarray(3 * RNG.normal(size=(3, 2, 5)), jnp.float32) for _ in range(2))
+STUDENT, TEACHER = (jax.device_put(np.asarray(3 * RNG.normal(size=(3, 2, 5)), np.float32)) for _ in range(2))
 
 
 def _softmax(z):

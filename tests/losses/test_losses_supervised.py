@@ -9,10 +9,10 @@ import pytest
 from jaxopt_lab.losses import accuracy, cross_entropy
 
 RNG = np.random.default_rng(0)
-LOGITS = jnp.asarray(3 * RNG.normal(size=(5, 2, 4)), jnp.float32)
-IDS = jnp.asarray(RNG.integers(0, 4, size=(5, 2)), jnp.int32)
+LOGITS = jax.device_put(np.asarray(3 * RNG.normal(size=(5, 2, 4)), np.float32))
+IDS = jax.device_put(np.asarray(RNG.integers(0, 4, size=(5, 2)), np.int32))
 ONE_HOT = jax.nn.one_hot(IDS, 4)
-SOFT = jnp.asarray(RNG.dirichlet(np.ones(4), size=(5, 2)), jnp.float32)
+SOFT = jax.device_put(np.asarray(RNG.dirichlet(np.ones(4), size=(5, 2)), np.float32))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])

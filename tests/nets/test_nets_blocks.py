@@ -32,9 +32,9 @@ def made(name):
     """The variables, all of them drawn at random (zeros hide faults), and an input."""
     module, shape = DEEP[name]
     draw = np.random.default_rng(0)
-    x = jnp.asarray(draw.integers(0, 11, shape) if shape is TOKENS else draw.standard_normal(shape).astype(np.float32))
+    x = jax.device_put(draw.integers(0, 11, shape) if shape is TOKENS else draw.standard_normal(shape).astype(np.float32))
     shapes = jax.eval_shape(module.init, KEY, x)
-    return jax.tree.map(lambda leaf: jnp.asarray(0.5 * draw.standard_normal(leaf.shape), leaf.dtype), shapes), x
+    return jax.tree.map(lambda leaf: jax.device_put(np.asarray(0.5 * draw.standard_normal(leaf.shape), leaf.dtype)), shapes), x
 
 
 def stacked(params):
@@ -148,7 +148,7 @@ def test_layers_of_their_own_widths():
 
 def test_rotated_products_know_distances_only():
     draw = np.random.default_rng(0)
-    query, key = (jnp.asarray(np.broadcast_to(draw.standard_normal(6), (1, 9, 6)), jnp.float32) for _ in range(2))
+    query, key = (jax.device_put(np.asarray(np.broadcast_to(draw.standard_normal(6), (1, 9, 6)), np.float32)) for _ in range(2))
     products = np.asarray(blocks.rotated(query, 20.0)[0] @ blocks.rotated(key, 20.0)[0].T)
     for distance in range(-8, 9):
         diagonal = np.diagonal(products, distance)

@@ -18,14 +18,14 @@ SMALL = {
     # Queries in groups, and widths of each layer's own.
     "llama": nets.Decoder(11, width=6, depth=2, heads=4, kv_heads=(2, 1), head_size=(4, 2), mlp_width=(5, 3), dropout=0.5, **LLAMA),
 }
-TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 11, (2, 7)))
+TOKENS = jax.device_put(np.random.default_rng(1).integers(0, 11, (2, 7)))
 
 
 def drawn(module):
     """The variables, all of them drawn at random: zeros and ones hide faults."""
     draw = np.random.default_rng(0)
     shapes = jax.eval_shape(module.init, KEY, TOKENS)
-    return jax.tree.map(lambda leaf: jnp.asarray(0.7 * draw.standard_normal(leaf.shape), leaf.dtype), shapes)
+    return jax.tree.map(lambda leaf: jax.device_put(np.asarray(0.7 * draw.standard_normal(leaf.shape), leaf.dtype)), shapes)
 
 
 @functools.cache

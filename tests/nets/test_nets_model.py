@@ -13,7 +13,7 @@ from jaxopt_lab import compress, nets
 from jaxopt_lab.nets.batch_statistics import layer_moments
 
 KEY = jax.random.key(3)
-X = jnp.asarray(np.random.default_rng(1).normal(1.0, 2.0, (6, 5)))
+X = jax.device_put(np.random.default_rng(1).normal(1.0, 2.0, (6, 5)))
 
 
 class Trained(nn.Module):

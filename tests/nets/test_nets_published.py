@@ -168,9 +168,9 @@ SHAPES["mixer"] = (2, 4, 6, 2)
 def inputs(name):
     draw = np.random.default_rng(1)
     if name == "bert":
-        return (jnp.asarray(draw.integers(0, 11, (2, 5))), jnp.asarray(draw.integers(0, 2, (2, 5))), jnp.arange(5)[None] < 4)
+        return (jax.device_put(draw.integers(0, 11, (2, 5))), jax.device_put(draw.integers(0, 2, (2, 5))), jnp.arange(5)[None] < 4)
     # Sides that do not halve evenly: padding on the wrong side, or a rest of a map kept, shows.
-    return (jnp.asarray(draw.standard_normal(SHAPES.get(name, (2, 11, 14, 3))), jnp.float32),)
+    return (jax.device_put(np.asarray(draw.standard_normal(SHAPES.get(name, (2, 11, 14, 3))), np.float32)),)
 
 
 @functools.cache

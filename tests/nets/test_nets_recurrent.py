@@ -75,8 +75,8 @@ KINDS = [pytest.param(name, marks=pytest.mark.slow if name == "lstm" else ()) fo
 def inputs(name):
     draw = np.random.default_rng(1)
     if SMALL[name].vocabulary:
-        return jnp.asarray(draw.integers(0, 11, (3, 5)))
-    return jnp.asarray(draw.standard_normal((3, 5, 3)), jnp.float32)
+        return jax.device_put(draw.integers(0, 11, (3, 5)))
+    return jax.device_put(np.asarray(draw.standard_normal((3, 5, 3)), np.float32))
 
 
 LENGTHS = jnp.array([5, 3, 1])
@@ -86,7 +86,7 @@ def made(name):
     """The model, and its variables with all of them drawn at random: zeros hide faults."""
     draw = np.random.default_rng(0)
     shapes = jax.eval_shape(SMALL[name].init, KEY, inputs(name))
-    variables = jax.tree.map(lambda leaf: jnp.asarray(0.7 * draw.standard_normal(leaf.shape), leaf.dtype), shapes)
+    variables = jax.tree.map(lambda leaf: jax.device_put(np.asarray(0.7 * draw.standard_normal(leaf.shape), leaf.dtype)), shapes)
     return nets.from_linen(SMALL[name]), variables
 
 

@@ -19,8 +19,8 @@ def made(module, *shape):
     shapes = jax.eval_shape(model.init, KEY, jnp.ones(shape))
     leaves, treedef = jax.tree.flatten(shapes)
     draw = np.random.default_rng(0)
-    values = [jnp.asarray(0.5 * draw.standard_normal(leaf.shape), leaf.dtype) for leaf in leaves]
-    return model, jax.tree.unflatten(treedef, values), jnp.asarray(draw.standard_normal(shape), jnp.float32)
+    values = [jax.device_put(np.asarray(0.5 * draw.standard_normal(leaf.shape), leaf.dtype)) for leaf in leaves]
+    return model, jax.tree.unflatten(treedef, values), jax.device_put(np.asarray(draw.standard_normal(shape), np.float32))
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from jaxopt_lab import prune, schedules
 
 KEY, RNG = jax.random.key(0), np.random.default_rng(0)
 PARAMS = {
-    "a": {"kernel": jnp.asarray(RNG.normal(size=(6, 5))), "bias": jnp.asarray(np.full(5, 0.1))},
-    "b": {"kernel": jnp.asarray(RNG.normal(size=(5, 4))), "bias": jnp.asarray(np.full(4, 0.1))},
+    "a": {"kernel": jax.device_put(RNG.normal(size=(6, 5))), "bias": jax.device_put(np.full(5, 0.1))},
+    "b": {"kernel": jax.device_put(RNG.normal(size=(5, 4))), "bias": jax.device_put(np.full(4, 0.1))},
 }
 N = 50
 CUBIC = schedules.cubic(0.0, 0.9, 2, 9)

@@ -130,13 +130,15 @@ def test_a_projection_is_feasible_idempotent_and_nearest(name):
     assert feasible(landed)
     assert not feasible(X)
     np.testing.assert_allclose(project(landed), landed, atol=1e-6)
-    others = jax.vmap(project)(jnp.asarray(np.asarray(X) + np.random.default_rng(3).normal(size=(200, 4, 3)), jnp.float32))
+    others = jax.vmap(project)(
+        jax.device_put(np.asarray(np.asarray(X) + np.random.default_rng(3).normal(size=(200, 4, 3)), np.float32))
+    )
     assert ((landed - X) ** 2).sum() <= ((others - X[None]) ** 2).sum((1, 2)).min()
     assert project(X.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_convolution_kernels_are_seen_as_matrices():
-    w = jnp.asarray(np.random.default_rng(4).normal(size=(2, 2, 3, 5)), jnp.float32)
+    w = jax.device_put(np.asarray(np.random.default_rng(4).normal(size=(2, 2, 3, 5)), np.float32))
     landed = prox.singular_value_threshold(w, 1.0)
     np.testing.assert_allclose(landed.reshape(12, 5), prox.singular_value_threshold(w.reshape(12, 5), 1.0), atol=1e-6)
     singular = np.linalg.svd(landed.reshape(12, 5), compute_uv=False)

@@ -17,7 +17,7 @@ from jaxopt_lab.regularize import prox
 RNG = np.random.default_rng(0)
 PARAMS = {"a": {"bias": RNG.normal(size=3), "kernel": RNG.normal(size=(4, 3))}, "b": {"kernel": RNG.normal(size=(3, 2))}}
 PARAMS = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), PARAMS)
-GRADIENTS = jax.tree.map(lambda x: jnp.asarray(RNG.normal(size=x.shape), jnp.float32), PARAMS)
+GRADIENTS = jax.tree.map(lambda x: jax.device_put(np.asarray(RNG.normal(size=x.shape), np.float32)), PARAMS)
 
 ADDED = {
     "l1": (regularize.add_l1(0.3), lambda p: 0.3 * regularize.l1(p)),
@@ -107,7 +107,7 @@ def test_parameters_land_on_the_operator_behind_any_optimiser(name):
 
 def test_proximal_descent_solves_the_lasso_where_the_subgradient_has_no_zeros():
     """With orthonormal columns the solution is known: the soft threshold of the least-squares one."""
-    q = jnp.linalg.qr(jnp.asarray(RNG.normal(size=(20, 6)), jnp.float32))[0]
+    q = jnp.linalg.qr(jax.device_put(np.asarray(RNG.normal(size=(20, 6)), np.float32)))[0]
     y = q @ jnp.array([2.0, -1.0, 0.5, 0.05, 0.0, -0.02]) + 0.01
     solution = prox.soft_threshold(q.T @ y, 0.2)
     assert (solution == 0.0).sum() == 3
@@ -157,7 +157,7 @@ def test_projected_lands_inside():
 
 
 def test_sixteen_bit_parameters_land_on_exact_zeros():
-    w = jnp.asarray(RNG.normal(size=(8, 8)), jnp.bfloat16)
+    w = jax.device_put(np.asarray(RNG.normal(size=(8, 8)), jnp.bfloat16))
     tx = optax.chain(optax.adamw(0.1), regularize.proximal(prox.soft_threshold, 5.0, 0.1))
     updates, _ = jax.jit(tx.update)(jnp.ones_like(w), tx.init(w), w)
     landed = optax.apply_updates(w, updates)

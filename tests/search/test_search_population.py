@@ -392,6 +392,23 @@ def test_halving_ends_where_everything_diverged():
     assert result.evaluated == (3,)
 
 
+def test_as_many_survive_as_are_said(tmp_path):
+    options = {"key": KEY, "batches": batches, "steps": STEPS, "engine": scanned()}
+    whole = population(TRIAL, CONFIGS, **options, rungs=(2, 4, 6))
+    counts = (len(CONFIGS) - 1, 3, 3)
+    halved = successive_halving(TRIAL, CONFIGS, **options, rungs=(2, 4, 6), survivors=counts, save=tmp_path)
+    alive = np.arange(len(CONFIGS))
+    for column, count in enumerate((*counts, 1)):
+        assert np.flatnonzero(~np.isnan(halved.curves[:, column])).tolist() == sorted(alive)
+        alive = sorted(alive, key=lambda i: whole.curves[i, column])[:count]
+    assert [halved.best] == alive
+    with pytest.raises(ValueError, match=r"begun by another call: survivors was \[.*, 3, 3\] and is \[.*, 3, 2\]"):
+        successive_halving(TRIAL, CONFIGS, **options, rungs=(2, 4, 6), survivors=(*counts[:2], 2), save=tmp_path)
+    for survivors in ((3, 2), (3, 4, 2), (3, 2, 0), (3, 2.5, 2)):
+        with pytest.raises(ValueError, match=r"survivors must be one whole number for each of the rungs \(2, 4, 6\)"):
+            successive_halving(TRIAL, CONFIGS, **options, rungs=(2, 4, 6), survivors=survivors)
+
+
 def test_rungs_of_halving():
     assert halving_rungs(81, 81) == (1, 3, 9, 27)
     assert halving_rungs(16, 100, factor=4, least=25) == (25,)

@@ -315,10 +315,12 @@ class MadeUp:
         self.made.append(handle)
         handle.where = SimpleNamespace(remote=lambda: Ref(lambda: self.at(handle)))
 
-        def train(settings, trial, batches, run, rows):
+        def train(settings, trial, batches, shared, run, rows):
             def call():
                 alive = self.fate(handle, rows)
-                return alive and worker.train(settings, trial, batches, run, rows)
+                # As it travels.
+                assert "shared" not in run
+                return alive and worker.train(settings, trial, batches, shared, run, rows)
 
             return Ref(call)
 
@@ -410,6 +412,35 @@ def test_who_is_hired_stays_while_the_engine_is_open_and_what_travels_travels_on
     np.testing.assert_allclose(found.scores, whole.scores, rtol=1e-5)
     assert [state is None for state in found.states] == [state is None for state in whole.states]
     assert sum(int(each.split()[0]) for each in found.engines) == 11
+
+
+def with_shared(state, batch, config, shared):
+    return step(state, {"x": batch["x"] + shared["table"][0] + jax.random.uniform(shared["key"])}, config)
+
+
+def test_what_all_share_travels_once_in_each_call_and_is_let_go_of(engine_on):
+    shared = {"table": jnp.arange(3.0), "key": jax.random.key(5), "rows": np.ones(2)}
+    run, trial, there = {**RUN, "shared": shared}, TRIAL._replace(step=with_shared), MadeUp([2])
+    with engine_on(there) as engine:
+        first = population(trial, drawn(), engine=engine, **run)
+        np.testing.assert_allclose(first.scores, population(trial, drawn(), engine=scanned(), **run).scores, rtol=1e-5)
+        study = open_study(SPACE, sampler=optuna.samplers.RandomSampler(seed=0))
+        # In four chunks.
+        sweep(study, SPACE, trial, trials=11, together=3, engine=engine, **run)
+        assert there.stored[:2] == [trial, numbers_of]
+        assert len(there.stored) == 4
+        assert type(there.stored[2]["table"]) is np.ndarray
+        assert there.stored[2]["key"] is shared["key"]
+        # What was written to since is what is trained on, and an actor holds the newest alone.
+        shared["table"] = shared["table"] + 1
+        second = population(trial, drawn(), engine=engine, **run)
+        np.testing.assert_allclose(second.scores, population(trial, drawn(), engine=scanned(), **run).scores, rtol=1e-5)
+        assert not np.allclose(first.scores, second.scores)
+        workers = [handle.worker for handle in there.made]
+        assert all(worker._shared[1] is there.stored[4] for worker in workers)
+        assert all(len(worker._kept) == 2 for worker in workers)
+        population(TRIAL, drawn(), engine=engine, **RUN)
+        assert [worker._shared for worker in workers] == [None, None]
 
 
 def test_only_what_was_used_last_is_kept(engine_on):

@@ -14,7 +14,7 @@ from jaxopt_lab.surgery import Group, Member, coupled_channels, mask, slim
 
 def _normal(*shape, seed=0):
     # NumPy compiles no program for each shape.
-    return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape))
+    return jax.device_put(np.random.default_rng((seed, *shape)).normal(size=shape))
 
 
 PARAMS = {"a": _normal(3, 6), "b": _normal(6, 8, seed=1), "c": _normal(8, 2, seed=2)}

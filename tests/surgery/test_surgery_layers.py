@@ -16,17 +16,19 @@ from jaxopt_lab.core import tree
 from jaxopt_lab.surgery.deepen import deepen
 from jaxopt_lab.surgery.layers import drop_layers, stack_layers
 
-TOKENS = jnp.asarray(np.arange(10).reshape(2, 5) % 7)
-IMAGES = jnp.asarray(np.sin(np.arange(2.0 * 8 * 8 * 3)).reshape(2, 8, 8, 3))
-ROWS = jnp.asarray(np.sin(np.arange(12.0)).reshape(3, 4))
-STEPS = jnp.asarray(np.cos(np.arange(3.0 * 4 * 4)).reshape(3, 4, 4) / 2)
+TOKENS = jax.device_put(np.arange(10).reshape(2, 5) % 7)
+IMAGES = jax.device_put(np.sin(np.arange(2.0 * 8 * 8 * 3)).reshape(2, 8, 8, 3))
+ROWS = jax.device_put(np.sin(np.arange(12.0)).reshape(3, 4))
+STEPS = jax.device_put(np.cos(np.arange(3.0 * 4 * 4)).reshape(3, 4, 4) / 2)
 
 
 def drawn(model, *example):
     """Variables of a model without running its initialisers: none is zero, and variances are positive."""
     leaves, structure = jax.tree.flatten(jax.eval_shape(model.init, jax.random.key(0), *example))
     rng = np.random.default_rng(0)
-    return jax.tree.unflatten(structure, [jnp.asarray(rng.uniform(0.1, 0.6, leaf.shape), leaf.dtype) for leaf in leaves])
+    return jax.tree.unflatten(
+        structure, [jax.device_put(np.asarray(rng.uniform(0.1, 0.6, leaf.shape), leaf.dtype)) for leaf in leaves]
+    )
 
 
 def mixed(variables, seed=1):

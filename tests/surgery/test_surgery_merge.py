@@ -17,7 +17,7 @@ from jaxopt_lab.surgery.merge import merge_linear
 
 
 def _image(*shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+    return jax.device_put(np.asarray(np.random.default_rng(1).normal(size=shape), np.float32))
 
 
 def _random(variables, dtype=jnp.float32):

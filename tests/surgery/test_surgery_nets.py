@@ -85,7 +85,11 @@ def _rows(names):
 def _made(module, shape):
     """The model, variables of which none is the 0 or 1 that it starts with, and an input."""
     model, draw = nets.from_linen(module), np.random.default_rng(0)
-    x = jnp.arange(10).reshape(2, 5) % 11 if shape is TOKENS else jnp.asarray(draw.standard_normal(shape), jnp.float32)
+    x = (
+        jnp.arange(10).reshape(2, 5) % 11
+        if shape is TOKENS
+        else jax.device_put(np.asarray(draw.standard_normal(shape), np.float32))
+    )
 
     def drawn(path, leaf):
         values, name = 0.5 * draw.standard_normal(leaf.shape), path[-1].key

@@ -23,7 +23,7 @@ KEY = jax.random.key(0)
 
 def _normal(*shape, seed=0):
     # NumPy compiles no program for each shape.
-    return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape))
+    return jax.device_put(np.random.default_rng((seed, *shape)).normal(size=shape))
 
 
 class Net(nn.Module):

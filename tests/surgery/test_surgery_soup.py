@@ -20,7 +20,7 @@ KEY = jax.random.key(0)
 
 def _tree(seed, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    draw = lambda *shape: jax.device_put(np.asarray(rng.normal(size=shape), dtype))  # noqa: E731
     return {"a": {"kernel": draw(3, 4), "bias": draw(4)}, "steps": jnp.int32(seed), "key": jax.random.key(seed)}
 
 
@@ -149,7 +149,7 @@ def _made(name):
     shapes = jax.eval_shape(model.init, KEY, x)
     rng = np.random.default_rng(1)
     variables = jax.tree.map(
-        lambda s: jnp.asarray(rng.uniform(0.5, 1.5, s.shape) * (rng.normal(size=s.shape) if s.ndim > 1 else 1)), shapes
+        lambda s: jax.device_put(rng.uniform(0.5, 1.5, s.shape) * (rng.normal(size=s.shape) if s.ndim > 1 else 1)), shapes
     )
     return model.predict, jax.tree.map(lambda a: a.astype(jnp.float32), variables), x
 

@@ -89,7 +89,7 @@ def test_a_slimmed_network_is_better_for_it():
     model, x = nets.from_linen(Deep()), jnp.asarray(_X.reshape(24, 5))
     shapes, rng = jax.eval_shape(model.init, KEY, x), np.random.default_rng(1)
     variables = jax.tree.map(
-        lambda s: jnp.asarray(rng.normal(size=s.shape) if len(s.shape) > 1 else np.ones(s.shape), s.dtype), shapes
+        lambda s: jax.device_put(np.asarray(rng.normal(size=s.shape) if len(s.shape) > 1 else np.ones(s.shape), s.dtype)), shapes
     )
     variables = reestimate(model, variables, lambda step: {"x": x}, steps=1)
     small_model, small, _ = slim(model, variables, x, ratio=0.3)

@@ -16,7 +16,7 @@ from jaxopt_lab.surgery.transfer import Part, transfer
 def _mlp(*features, classes=4, seed=0):
     model, rng = nets.from_linen(nets.MLP(features=features, classes=classes)), np.random.default_rng(seed)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 5)))
-    return model, jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), s.dtype), shapes)
+    return model, jax.tree.map(lambda s: jax.device_put(np.asarray(rng.normal(size=s.shape), s.dtype)), shapes)
 
 
 def test_a_wider_and_deeper_network_starts_from_a_smaller_one():

@@ -16,12 +16,12 @@ from jaxopt_lab.core import tree
 from jaxopt_lab.surgery import Plan, slim, widen
 
 KEY = jax.random.key(0)
-TOKENS = jnp.asarray(np.arange(10).reshape(2, 5) % 11)
+TOKENS = jax.device_put(np.arange(10).reshape(2, 5) % 11)
 
 
 def _normal(*shape, seed=0):
     # NumPy compiles no program for each shape.
-    return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape))
+    return jax.device_put(np.random.default_rng((seed, *shape)).normal(size=shape))
 
 
 # Where a normalisation takes a mean over units, each has to be copied as often as the others.

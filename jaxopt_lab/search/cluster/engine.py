@@ -126,10 +126,11 @@ def ray(
     on. What the trial's own functions raise is raised here, as it would be without Ray. If this process dies, its sweep goes on
     where it was, from the study's storage, by whoever calls `sweep` next.
 
-    The trial's functions, and batches, travel to each node once, with the arrays that they close over (numpy arrays lie there once
-    for all its actors); those of a module are found by its name, which must be importable there: install it, or say
-    `runtime_env={"working_dir": "."}`. This package must be installed there as well. Where actors take the GPUs of this very
-    machine, start this process with JAX_PLATFORMS=cpu, or it takes most of the memory of one for itself.
+    The trial's functions, and batches, travel to each node once, with the arrays that they close over, and `shared` once in each
+    call (numpy arrays, and those of `shared`, lie there once for all its actors). Functions of a module are found by its name,
+    which must be importable there: install it, or say `runtime_env={"working_dir": "."}`. This package must be installed there as
+    well. Where actors take the GPUs of this very machine, start this process with JAX_PLATFORMS=cpu, or it takes most of the
+    memory of one for itself.
 
     Args:
       engine: how each actor trains its chunk; None measures.

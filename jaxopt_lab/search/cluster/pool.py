@@ -17,7 +17,9 @@ from types import MethodType
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
+from jaxopt_lab.core.types import PyTree
 from jaxopt_lab.search.cluster.plan import Chunk, Row, after_death, environment, fitting, likeness, matched
 from jaxopt_lab.search.elsewhere import Lost
 from jaxopt_lab.search.population import population
@@ -89,13 +91,22 @@ class Worker:
 
     def __init__(self):
         self._kept: dict[int, Any] = {}
+        self._shared: tuple[int, PyTree] | None = None
 
     def where(self) -> tuple[str, int]:
         """Its node and its process, once JAX has found its devices."""
         jax.devices()
         return import_ray().get_runtime_context().get_node_id(), os.getpid()
 
-    def train(self, settings: Mapping[str, Any], trial: Box, batches: Box, run: Mapping[str, Any], rows: Sequence[Row]) -> Result:
+    def train(
+        self,
+        settings: Mapping[str, Any],
+        trial: Box,
+        batches: Box,
+        shared: Box | None,
+        run: Mapping[str, Any],
+        rows: Sequence[Row],
+    ) -> Result:
         """Trains some configurations; what it returns lies in the host's memory."""
         for name, value in settings.items():
             jax.config.update(name, value)
@@ -105,11 +116,20 @@ class Worker:
             [row.config for row in rows],
             numbers=[row.number for row in rows],
             batches=self._out_of(batches),
+            shared=self._shared_of(shared),
             # On a CPU its devices are one, whatever their number.
             devices=devices if devices[0].platform != "cpu" else None,
             **run,
         )
         return found._replace(states=[jax.device_get(state) for state in found.states], configs=())
+
+    def _shared_of(self, box: Box | None) -> PyTree:
+        """What all configurations share: the newest alone, for it may be large."""
+        if box is None or self._shared is None or self._shared[0] != box.mark:
+            # First let go of the last, or both would be there.
+            self._shared = None
+            self._shared = None if box is None else (box.mark, import_ray().get(box.refs[0]))
+        return None if self._shared is None else self._shared[1]
 
     def _out_of(self, box: Box) -> Any:
         """The very same object each time, for compiled programs are known by the functions that they are of."""
@@ -145,6 +165,7 @@ class Pool:
         self._actors: list[_Actor] = []
         self._queue: deque[Chunk] = deque()
         self._boxes: list[tuple[Any, Box]] = []
+        self._shared: Box | None = None
         self._job: tuple[Any, ...] | None = None
         self._nodes: list[Mapping[str, Any]] = []
         self._looked = self._worked = -math.inf
@@ -160,11 +181,12 @@ class Pool:
         """Takes chunks of this trial alone while the context is open; whoever is at work when it closes is dismissed."""
         if self._job is not None:
             raise RuntimeError("these actors are at work for another population or sweep; open a second engine for this one")
-        self._job = (trial, batches, dict(run))
+        run = dict(run)
+        self._job = (trial, batches, run.pop("shared", None), run)
         try:
             yield self
         finally:
-            self._job = None
+            self._job = self._shared = None
             self._queue.clear()
             for actor in [actor for actor in self._actors if actor.chunk is not None]:
                 self._dismiss(actor)
@@ -265,20 +287,26 @@ class Pool:
             self._queue.popleft()
         settings = {name: getattr(jax.config, name) for name in _SETTINGS}
         for chunk, (_, actor) in zip(chunks, pairs, strict=True):
-            trial, batches, run = self._job
+            trial, batches, shared, run = self._job
             boxes = self._box(trial), self._box(batches)
-            actor.awaited = actor.handle.train.remote(settings, *boxes, run, chunk.rows)
+            if shared is not None and self._shared is None:
+                # For this job alone: its arrays may be written to before the next, and would fill the store.
+                self._shared = self._put(jax.tree.map(_on_host, shared))
+            actor.awaited = actor.handle.train.remote(settings, *boxes, self._shared, run, chunk.rows)
             actor.chunk, actor.since = chunk, time.monotonic()
 
     def _box(self, thing: Any) -> Box:
         """The thing in the object store, where each node fetches it once; what was put there before is found again."""
         found = next((pair for pair in self._boxes if _same(pair[0], thing)), None)
         if found is None:
-            self._marks += 1
-            found = thing, Box(self._marks, [self._ray.put(thing)])
+            found = thing, self._put(thing)
         # Those that were used last stay.
         self._boxes = [*(pair for pair in self._boxes if pair is not found), found][-_KEPT:]
         return found[1]
+
+    def _put(self, thing: Any) -> Box:
+        self._marks += 1
+        return Box(self._marks, [self._ray.put(thing)])
 
     def _over(self) -> list[tuple[list[int], Result | Lost]]:
         """What is over by now, or within a second."""
@@ -383,6 +411,11 @@ def _private(private: bool) -> Iterator[dict[str, Any]]:
         setattr(ray_constants, name, before)
         if told is None:
             del os.environ[reports]
+
+
+def _on_host(leaf: Any) -> Any:
+    """A leaf as an array of numpy, which lies on a node once for all its actors; other leaves, and keys, as they are."""
+    return np.asarray(leaf) if isinstance(leaf, jax.Array) and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended) else leaf
 
 
 def _same(one: Any, other: Any) -> bool:
