@@ -50,7 +50,6 @@ def test_killed_at_random_nothing_verified_is_lost(torture, monkeypatch, capsys)
     assert not stop.value.code
     assert row["sigkill"] + row["sigterm"] + row["disk_full"] == 2
     assert row["starts"] == 2 + row["runs"]
-    assert row["disk"] in ("tmpfs", "file size limit")
 
 
 @pytest.mark.parametrize("leave", [0, 70_000])

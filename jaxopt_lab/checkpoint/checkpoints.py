@@ -3,6 +3,7 @@
 import math
 import operator
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,7 @@ class Checkpoints:
 
     In a run of several processes each of them calls everything, in the same order, on a directory that all share; arrays may be
     spread over all their devices. The first process locks, digests, deletes and decides which step is restored; what fails in one,
-    all raise.
+    all raise. Where a save cannot even begin in one of them, that one alone raises `SaveFailed`, and must end: they wait for it.
 
     Args:
       directory: where they live; made if need be.
@@ -233,14 +234,17 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits, and lets go of the directory."""
-        self._writer.close()
+        self._close(sys.exception())
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        self._close(error)
+
+    def _close(self, error: BaseException | None) -> None:
         # Who leaves by an error may be alone in it: the others are not asked what they have met.
-        self._writer.close(agreeing=kind is None)
+        self._writer.close(agreeing=error is None)
 
     def _source(self, step: int) -> str:
         return f"checkpoint {step} in {self.directory}"

@@ -2,7 +2,7 @@
 
 Each wait is bounded by the caller's timeout. Orbax waits without an end at two places: after it has read, which is passed by, since
 each process reads as if it were alone and they meet here; and where it begins to save, right after they have met here, so that only
-who dies or hangs in between is waited for, and who dies is noticed by JAX's own watch. Alone nothing of it costs anything.
+who dies, hangs or fails in between is waited for, and who dies is noticed by JAX's own watch. Alone nothing of it costs anything.
 """
 
 import itertools

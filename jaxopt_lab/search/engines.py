@@ -24,6 +24,8 @@ from jaxopt_lab.search.grouping import Member, strong
 __all__ = ["Engine", "looped", "replicated", "scanned", "single", "vmapped"]
 
 _AXIS = "members"
+# As NumPy has them: objects, strings, dates.
+_NO_NUMBERS = "OSUMm"
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,12 @@ def replicated(tree: PyTree, devices: tuple[jax.Device, ...]) -> PyTree:  # pyri
         if not isinstance(leaf, (int, float, complex, np.ndarray, np.generic, jax.Array)):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise TypeError(f"shared holds arrays, which are passed to the programs; {name} is a {type(leaf).__name__}")
-        return strong(leaf) if isinstance(leaf, jax.Array) else np.asarray(leaf)
+        if isinstance(leaf, jax.Array):
+            return strong(leaf)
+        if (found := np.asarray(leaf)).dtype.kind in _NO_NUMBERS:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise TypeError(f"shared holds arrays of numbers, which are passed to the programs; {name} is of {found.dtype}")
+        return found
 
     arrays = jax.tree_util.tree_map_with_path(array, tree)
     return jax.device_put(arrays, devices[0] if len(devices) == 1 else NamedSharding(_mesh(devices), PartitionSpec()))
@@ -184,7 +191,8 @@ class Measured:
     def compiled(self, *args: Any) -> Callable[..., Any]:
         """The function for arguments of these shapes and types, which may be given as such."""
         leaves, treedef = jax.tree.flatten(args)
-        key = (treedef, *((x.shape, x.dtype) if hasattr(x, "dtype") else type(x) for x in leaves))
+        # One switch decides what a type stands for.
+        key = (jax.config.jax_enable_x64, treedef, *((x.shape, x.dtype) if hasattr(x, "dtype") else type(x) for x in leaves))
         if key not in self._compiled:
             self._compiled[key] = self._function.lower(*args).compile()
         return self._compiled[key]

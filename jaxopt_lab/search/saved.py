@@ -144,7 +144,7 @@ def opened(
     file = path / "call.packed"
     if file.exists():
         tree = _loaded(file, f"delete {path} to begin anew, or put back a copy of it")
-        if not isinstance(tree, dict) or not set(tree) >= {"call", "engines", "memory"}:
+        if not isinstance(tree, dict) or not set(tree) >= {"call", "engines", "memory", "working"}:
             raise ValueError(f"{file} is no file of a population; give save a directory of its own")
         if differing := _differing(tree["call"], call):
             raise ValueError(

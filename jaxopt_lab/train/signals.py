@@ -87,8 +87,9 @@ class Stopping:
             return
         self._since, self._heard = now, not self._many
         where = "all processes save at one of the next steps" if self._many else "saving at the next step"
+        second = "SIGINT" if self._many else "signal"
         # Not by `print`: a handler may run in the middle of one.
-        os.write(2, f"{signal.Signals(number).name}: {where}; a second signal ends the run at once\n".encode())
+        os.write(2, f"{signal.Signals(number).name}: {where}; a second {second} ends the run at once\n".encode())
         if self._many:
             # JAX's preemption service hears no other, and tells the other processes.
             os.kill(os.getpid(), signal.SIGTERM)

@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from jaxopt_lab import compress
-from jaxopt_lab.checkpoint import Checkpoints, Damaged, load_tree, save_tree
+from jaxopt_lab.checkpoint import Checkpoints, Damaged, load_tree, save_tree, together
 
 _ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
 
@@ -168,6 +168,33 @@ def test_an_error_in_the_background_surfaces_at_wait(tmp_path):
 
 
 STARTS_NO_THREAD_AT_EXIT = (3, 12) <= sys.version_info < (3, 12, 3)
+
+
+def _left(checkpoints):
+    checkpoints.__exit__(*sys.exc_info())
+
+
+@pytest.mark.parametrize("leave", [Checkpoints.close, _left], ids=["close", "with"])
+def test_who_leaves_by_an_error_asks_nobody(tmp_path, monkeypatch, leave):
+    """It may be alone in it: to wait for the others would hold the error back."""
+    asked = []
+    monkeypatch.setattr(together, "failure", lambda name, own, timeout: asked.append(name))
+    checkpoints = Checkpoints(tmp_path / "steps")
+    checkpoints.save(1, {"w": jnp.ones(2)})
+
+    def lost():
+        try:
+            raise KeyError("a batch")
+        finally:
+            leave(checkpoints)
+
+    with pytest.raises(KeyError, match="a batch"):
+        lost()
+    assert asked == []
+    with Checkpoints(tmp_path / "steps") as checkpoints:
+        assert checkpoints.steps() == (1,)
+        checkpoints.save(2, {"w": jnp.ones(2)})
+    assert len(asked) == 1
 
 
 def test_a_program_that_ends_without_waiting_loses_nothing_in_silence(tmp_path):

@@ -401,7 +401,8 @@ def test_who_still_runs_long_after_another_has_ended_well_hangs(tmp_path):
     script = f"{NOTE} [ -e over ] && exit 0; {FIRST} && {{ {ends}; }}; touch waits; exec sleep 50"
     code, said, log = supervised(tmp_path, script, "--restarts", "1", "--straggle", "0.3")
     assert code == 0
-    assert "supervise: process 1 still ran 0 s after process 0 had ended with 0 after 0 s; all start again in 0.05 s" in said
+    told = r"supervise: process 1 still ran \d s after process 0 had ended with 0 after \d s; all start again in 0.05 s"
+    assert re.search(told, said), said
     assert len(log) == 4
     # Time enough is left to who needs it, and to hang again and again is no progress, however long it takes.
     assert supervised(tmp_path, f"{FIRST} || sleep 0.3", "--restarts", "0", "--straggle", "20")[0] == 0
@@ -420,14 +421,14 @@ def test_who_gives_no_sign_of_life_any_more_hangs(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     signs = f"while :; do {SIGN}; touch ready; sleep 0.05; done"
     # What comes before the first sign and after the last may take its time, and so may what gives signs as it goes.
-    calm = f'sleep 0.9; for k in 1 2 3 4 5 6 7 8 9; do {SIGN}; sleep 0.1; done; rm "$JAXOPT_LAB_ALIVE"; sleep 0.9; exit 0'
+    calm = f'sleep 1.7; for k in 1 2 3 4 5 6 7 8 9; do {SIGN}; sleep 0.2; done; rm "$JAXOPT_LAB_ALIVE"; sleep 1.7; exit 0'
     silent = f"until [ -e ready ]; do sleep 0.02; done; {SIGN}; touch over; exec sleep 50"
     script = f"{NOTE} [ -e over ] && {{ {calm}; }}; {FIRST} && {{ {signs}; }}; {silent}"
     begin = time.monotonic()
-    assert supervise.supervise(["/bin/sh", "-c", script], processes=2, restarts=1, stalled=0.8, delay=0) == 0
-    assert time.monotonic() - begin < 20
+    assert supervise.supervise(["/bin/sh", "-c", script], processes=2, restarts=1, stalled=1.5, delay=0) == 0
+    assert time.monotonic() - begin < 40
     said = capfd.readouterr().err
-    assert re.search(r"process 1 gave no sign of life for [01] s \(process 0 for 0 s\) after \d s; all start again", said), said
+    assert re.search(r"process 1 gave no sign of life for \d s \(process 0 for \d s\) after \d s; all start again", said), said
     assert Path("log").read_text().count("\n") == 4
     assert {path.name for path in tmp_path.iterdir()} == {"log", "over", "ready"}, "the directory of signs is gone"
 

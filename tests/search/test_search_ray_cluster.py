@@ -12,7 +12,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_search_ray import DRAWN, RUN, SPACE, TRIAL, agree, swept
+from test_search_ray import RUN, SPACE, TRIAL, agree, drawn, swept
 
 from jaxopt_lab.search.cluster.engine import ray
 from jaxopt_lab.search.engines import vmapped
@@ -38,8 +38,8 @@ def test_a_private_cluster_comes_to_what_this_process_does():
         assert agree(study) == ["COMPLETE"] * 7
         assert [process == os.getpid() for _, process in engine.workers] == [False]
         with pytest.raises(TypeError, match="must return one number"):
-            population(TRIAL._replace(evaluate=lambda state: "ten"), DRAWN[:2], engine=engine, **RUN)
-        whole, there = (population(TRIAL, DRAWN, rungs=(2,), keep=2, engine=each, **RUN) for each in (vmapped(), engine))
+            population(TRIAL._replace(evaluate=lambda state: "ten"), drawn()[:2], engine=engine, **RUN)
+        whole, there = (population(TRIAL, drawn(), rungs=(2,), keep=2, engine=each, **RUN) for each in (vmapped(), engine))
     np.testing.assert_allclose(there.curves, whole.curves, rtol=1e-6)
     np.testing.assert_allclose(there.metrics["first"], whole.metrics["first"], rtol=1e-6)
     np.testing.assert_allclose(there.states[there.best], whole.states[whole.best], rtol=1e-6)
@@ -56,7 +56,7 @@ def test_a_trial_that_kills_its_actors_is_given_up_and_so_is_one_that_hangs():
         assert agree(study, space) == ["FAIL" if each else "COMPLETE" for each in kill]
         causes = {trial.user_attrs.get(_CAUSE, "")[:56] for trial in study.trials}
         assert causes == {"", "actors died over it, the last since ActorDiedError: The "}
-    rows = [DRAWN[0], {**DRAWN[1], "sign": "hangs"}]
+    rows = [drawn()[0], {**drawn()[1], "sign": "hangs"}]
     with (
         ray(**PRIVATE, patience=1, timeout=25.0, chunk=1) as engine,
         pytest.warns(RuntimeWarning, match=r"configurations \[1\] were given up.*longer than 25.0 s"),
@@ -73,7 +73,7 @@ def test_two_actors_share_a_gpu():
     """One that is only said to be there: what is looked at is who gets which part of it."""
     options = {**PRIVATE, "init": {**PRIVATE["init"], "num_gpus": 1}}
     with ray(**options, least=2, num_cpus=0.5, num_gpus=0.5) as engine:
-        found = population(TRIAL._replace(evaluate=share), DRAWN[:4], engine=engine, **RUN)
+        found = population(TRIAL._replace(evaluate=share), drawn()[:4], engine=engine, **RUN)
         assert len(engine.workers) == 2
     np.testing.assert_allclose(found.scores, 0.45, rtol=1e-6)
 

@@ -343,6 +343,8 @@ def test_bad_folds_are_refused_by_name(make, error, message):
         ({"trial": Trial(init, step, lambda state, rows: rows["weight"])}, ValueError, r"array of shape \(\d+,\)"),
         ({"trial": Trial(init, step, lambda state: 0.0)}, TypeError, r"\(state, rows\) or \(state, rows, config\)"),
         ({"trial": (init, step, evaluate)}, TypeError, "must be a search.Trial"),
+        ({"trial": TRIAL._replace(step=lambda state, batch, config: (state, 3))}, TypeError, "metrics a dict"),
+        ({"data": {"x": X, "y": np.full(len(X), "a")}}, TypeError, "data/y is of <U1"),
         ({"data": {"x": X, "y": X[:4]}}, ValueError, "y has 4 rows"),
         ({"data": {}}, ValueError, "no arrays"),
         ({"data": X}, TypeError, "a dict of arrays"),

@@ -79,8 +79,7 @@ def test_it_is_as_if_it_were_closed_over(name):
     engine, options = ENGINES[name]
     found = population(TRIAL, CONFIGS, **RUN, rungs=(3,), engine=engine, shared=DATA, **options)
     np.testing.assert_allclose(found.curves, expected(), rtol=1e-5)
-    # An argument: others take no new trace, and come to something else.
-    TRACES.clear()
+    # An argument: others come to something else.
     again = population(TRIAL, CONFIGS, **RUN, rungs=(3,), engine=engine and scanned(), shared=OTHER, **options)
     np.testing.assert_allclose(again.curves, expected(other=True), rtol=1e-5)
 
@@ -92,6 +91,15 @@ def test_other_arrays_of_the_same_shapes_compile_nothing():
     found = population(TRIAL, CONFIGS, **options, shared=OTHER)
     assert TRACES == []
     np.testing.assert_allclose(found.scores, expected(other=True)[:, -1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("engine", [scanned(), looped()], ids=["scanned", "looped"])
+def test_the_same_call_in_64_bits_is_another_program(engine):
+    trial = Trial(lambda key, c: jnp.zeros(()), lambda state, batch, c: (state + batch["x"].sum(), {}), lambda state: state)
+    options = {"key": KEY, "batches": lambda step: {"x": np.full(2, 1.5)}, "steps": 3, "engine": engine}
+    for wide in (False, True, False):
+        with jax.enable_x64(wide):
+            assert population(trial, [{}], **{**options, "key": jax.random.key(0)}).scores.tolist() == [9.0]
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -167,6 +175,7 @@ def test_an_objective_that_trains_takes_it():
         (TRIAL, None, "trial.init takes shared, and there is none; give shared"),
         (closed(DATA)._replace(init=lambda key, c: 0.0, step=lambda s, b, c: (s, {}), evaluate=float), DATA, "none of init, step"),
         (TRIAL, {**DATA, "name": "digits"}, "shared holds arrays, which are passed to the programs; name is a str"),
+        (TRIAL, {**DATA, "of": {"names": np.array(["a"])}}, "shared holds arrays of numbers, .*; of/names is of <U1"),
     ],
 )
 def test_bad_input_is_named(trial, shared, message):

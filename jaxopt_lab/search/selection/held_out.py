@@ -127,6 +127,7 @@ def on_folds(
         raise ValueError(f"batch_size must be at least 1, or None for all rows; got {batch_size}")
     orders = [jax.random.split(jax.random.fold_in(key, number))[1] for number in range(len(folds))]
     batches = _Orders([fold_batches(fold.train, batch_size, own) for fold, own in zip(folds, orders, strict=True)])
+    arrays = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), dict(data))
     found = population(
         folded(trial),
         [{"config": config, "fold": fold} for config, fold in pairs],
@@ -136,7 +137,7 @@ def on_folds(
         steps=steps,
         engine=engine or (scanned() if jnp.zeros(()).device.platform == "cpu" else vmapped()),
         static=[f"config/{path}" for path in static],
-        shared={"data": dict(data), "weight": batches.weight, "test": rows_of([fold.test for fold in folds])},
+        shared={"data": arrays, "weight": batches.weight, "test": rows_of([fold.test for fold in folds])},
         keep=None if keep else 0,
     )
     return Members(found.scores, tuple(found.states) if keep else ())
@@ -164,8 +165,8 @@ def folded(trial: Trial) -> Trial:
         fold = config["fold"]
         rows = _gathered(shared["data"], batch["row"][fold], shared["weight"][fold])
         out = trial.step(state, rows, config["config"])
-        # What is no pair is for the population to refuse.
-        return (out[0], {}) if isinstance(out, tuple) and len(out) == 2 else out
+        # What is no state and metrics is for the population to refuse.
+        return (out[0], {}) if isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], Mapping) else out
 
     def evaluate(state: PyTree, config: Any, shared: Any) -> Any:
         rows, weight = (side[config["fold"]] for side in shared["test"])
