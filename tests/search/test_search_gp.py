@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
+import scipy.stats
 from sklearn.gaussian_process import GaussianProcessRegressor, kernels
 
 from jaxopt_lab.search.gp import acquisition, buckets, kernel, maximise, outputs, process, suggest
@@ -363,6 +364,16 @@ def test_what_a_point_has_is_learnt():
 def test_bad_data_are_named(x, y, named):
     with pytest.raises(ValueError, match=named):
         process.data(x, y, np.zeros(2, bool))
+
+
+@pytest.mark.parametrize("n", [10, 11, 200])
+def test_the_power_is_that_of_scipy(n):
+    draw = np.random.default_rng(n)
+    for values in (draw.normal(size=n), -np.exp(3 * draw.normal(size=n)), np.append(draw.normal(size=n), -1e9)):
+        low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
+        expected, exponent = scipy.stats.yeojohnson((values - middle) / (high - low))
+        assert outputs.power((values - middle) / (high - low)) == pytest.approx(exponent, abs=1e-6)
+        np.testing.assert_allclose(outputs.warp(values), outputs.standardise(expected), atol=1e-6)
 
 
 def test_outputs_survive_extremes():
