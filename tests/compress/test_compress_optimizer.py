@@ -153,7 +153,9 @@ def _leaves():
     }
 
 
-@pytest.mark.parametrize("name", DECAYING)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in ("lion", "momentum", "adam") else ()) for n in DECAYING]
+)
 def test_what_is_no_weight_trains_as_it_would_without_decay(name):
     start = _leaves()
     fields = lambda p: {"a": p["factored"].a, "b": p["factored"].b, "step": p["stepped"].step}  # noqa: E731

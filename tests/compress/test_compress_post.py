@@ -84,7 +84,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize("bits", [4, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_is_below_rounding_to_nearest(trained, method, bits):
     params, batches, held = trained

@@ -426,7 +426,11 @@ def test_bert_without_segments_and_where_all_is_padding():
     assert all(np.isfinite(leaf).all() for leaf in nothing)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name != "squeeze" else pytest.mark.slow) for name in KINDS])
+# What trains and is typed like another of these.
+ALIKE = [pytest.param(name, marks=pytest.mark.slow if name in ("squeeze", "vgg_bn") else ()) for name in KINDS]
+
+
+@pytest.mark.parametrize("name", ALIKE)
 def test_training_drops_and_moves_every_statistic(name):
     model, variables = made(name)
     train = jax.jit(jax.vmap(lambda key: model.apply(variables, *inputs(name), train=True, key=key)))
@@ -440,7 +444,7 @@ def test_training_drops_and_moves_every_statistic(name):
     assert all(jax.tree.leaves(moved))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ALIKE)
 def test_types_of_parameters_and_of_computation(name):
     half = nets.from_linen(SMALL[name].clone(dtype=jnp.bfloat16, param_dtype=jnp.float16))
     variables = jax.eval_shape(half.init, KEY, *inputs(name))

@@ -142,7 +142,7 @@ def test_a_warped_process_is_one_of_warped_points(new):
                 np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("n", [60, 150])
+@pytest.mark.parametrize("n", [pytest.param(60, marks=pytest.mark.slow), 150])
 def test_a_warp_is_found_where_there_is_one(n):
     x = np.random.default_rng(1).random((n, 2))
     bent = warp(x, np.array([[-1.2, 0.0], [0.0, 0.0]]))

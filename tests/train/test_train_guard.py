@@ -66,7 +66,7 @@ def test_a_moment_that_overflows():
     [
         optax.adam(0.1),
         prune.sparsify(optax.sgd(0.1, momentum=0.9), 0.5, begin=0, end=9, every=1, where="**/kernel"),
-        optax.MultiSteps(optax.adam(0.1), 2),
+        pytest.param(optax.MultiSteps(optax.adam(0.1), 2), marks=pytest.mark.slow),
     ],
     ids=["adam", "sparsify", "MultiSteps"],
 )
