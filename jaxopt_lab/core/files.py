@@ -1,4 +1,4 @@
-"""Files that are whole or not there, JSON that says one thing, names that are no way out of a directory, and a sign of life."""
+"""Files that are whole or not there, JSON that says one thing, and names that are no way out of a directory."""
 
 import json
 import math
@@ -6,11 +6,10 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["alive", "finite", "inside", "read_json", "safe_name", "write"]
+__all__ = ["finite", "inside", "read_json", "safe_name", "write"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+')
@@ -145,29 +144,6 @@ def inside(root: str | os.PathLike, name: str) -> Path:
     if not path.resolve().is_relative_to(Path(root).resolve()):
         raise ValueError(f"{path} leads out of {root}, to {path.resolve()}")
     return path
-
-
-def alive(*, last: bool = False) -> None:
-    """A sign of life for `python -m jaxopt_lab.supervise --stalled S`, which starts all again where none comes for S seconds.
-
-    `train.fit` gives one as it goes; a loop of one's own, or an evaluation that takes long, calls this after each piece of work. It
-    costs some microseconds: the file that JAXOPT_LAB_ALIVE names is touched. Without that variable nothing happens.
-
-    Args:
-      last: no more will come for now, however long what follows takes: the file is removed.
-
-    >>> alive()
-    """
-    path = os.environ.get("JAXOPT_LAB_ALIVE")
-    if not path:
-        return
-    # A sign that cannot be given, of a supervisor that has ended, say, is nothing that a training should end by.
-    with suppress(OSError):
-        if last:
-            os.unlink(path)
-        else:
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            os.utime(path)
 
 
 class _Ambiguous(Exception):  # noqa: N818 (caught here)

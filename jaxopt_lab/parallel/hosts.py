@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxopt_lab.core.files import alive
+from jaxopt_lab.core.life import alive
 from jaxopt_lab.core.rows import count_rows
 from jaxopt_lab.data.streams import Batches
 from jaxopt_lab.parallel.detection import Plan, detect

@@ -144,12 +144,15 @@ def opened(
     file = path / "call.packed"
     if file.exists():
         tree = _loaded(file, f"delete {path} to begin anew, or put back a copy of it")
-        if not isinstance(tree, dict) or not set(tree) >= {"call", "engines", "memory", "working"}:
+        if not isinstance(tree, dict) or not isinstance(tree.get("call"), dict):
             raise ValueError(f"{file} is no file of a population; give save a directory of its own")
+        # Of another format before anything else, for that has other entries.
         if differing := _differing(tree["call"], call):
             raise ValueError(
                 f"{path} was begun by another call: {differing}; make that call again, or give this one a directory of its own"
             )
+        if set(tree) != {"call", "engines", "memory", "working"}:
+            raise ValueError(f"{file} is no file of a population; give save a directory of its own")
         engines, memory, working = [Engine(*each) for each in tree["engines"]], tree["memory"], tree["working"]
     else:
         engines, working = choose()

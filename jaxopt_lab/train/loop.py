@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxopt_lab.core.files import alive
+from jaxopt_lab.core.life import alive
 from jaxopt_lab.train.first import check_batch
 from jaxopt_lab.train.record import EarlyStopping, Progress
 from jaxopt_lab.train.rewind import Rewind, scaled

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_lab.core.files import alive
+from jaxopt_lab.core.life import alive
 from jaxopt_lab.core.types import PyTree
 from jaxopt_lab.data.blocks import block
 from jaxopt_lab.train.guard import offender

@@ -144,7 +144,7 @@ def _loss(apply, variables, x):
 
 # Every leaf on one model and every model with one leaf each time; the rest of the table with `scripts/test -m slow`.
 _ALWAYS = (("pure",), ("int8 per channel",))
-# They differ from another leaf by a number alone, and have tests of their own.
+# Each is another leaf of these but for one setting, and has tests of its own.
 _AGAIN = ("int8 per tensor", "int8 asymmetric", "int8 by first axis", "int4")
 _TABLE = [
     pytest.param(model, leaf, marks=() if (model in _ALWAYS[0] and leaf not in _AGAIN) or leaf in _ALWAYS[1] else pytest.mark.slow)

@@ -67,6 +67,7 @@ def test_values_are_those_of_the_scalar_formula(row, temperature):
     s, t = np.asarray(STUDENT, np.float64), np.asarray(TEACHER, np.float64)
     expected = [row.expected(s[i], t[i], temperature) for i in np.ndindex(shape)]
     np.testing.assert_allclose(values.ravel(), expected, rtol=2e-5, atol=1e-5)
+    np.testing.assert_allclose(row.loss(STUDENT, TEACHER, temperature).ravel(), expected, rtol=2e-5, atol=1e-5)
     assert (values > 0).all()
 
 

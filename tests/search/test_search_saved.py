@@ -401,6 +401,17 @@ def _flip(path):
     path.write_bytes(data)
 
 
+def _without_working(path):
+    tree = load_packed(path)
+    save_packed(path, {name: tree[name] for name in tree if name != "working"}, overwrite=True)
+
+
+def _of_the_first_format(path):
+    _without_working(path)
+    tree = load_packed(path)
+    save_packed(path, {**tree, "call": {**tree["call"], "format": ["1"]}}, overwrite=True)
+
+
 DAMAGES = {
     "a bit": ("turn-0.packed", _flip, "turn-0.packed is damaged.*SHA-256.*delete .*turn-0.packed, and its members begin anew"),
     "an end": (
@@ -420,6 +431,8 @@ DAMAGES = {
         lambda path: save_packed(path, {"kernel": X}, overwrite=True),
         "call.packed is no file of a population; give save a directory of its own",
     ),
+    "an entry less": ("call.packed", _without_working, "call.packed is no file of a population; give save a directory of its own"),
+    "an older format": ("call.packed", _of_the_first_format, "was begun by another call: format was 1 and is 2"),
 }
 
 
