@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
@@ -17,13 +18,16 @@ from optuna.trial import FrozenTrial, TrialState
 
 from jaxopt_lab.search.gp import outputs
 from jaxopt_lab.search.gp.kernel import INACTIVE
-from jaxopt_lab.search.gp.suggest import Known, Space, draw, suggest
+from jaxopt_lab.search.gp.suggest import Known, Space, draw, names, suggest
 
 __all__ = ["GPSampler"]
 
 _SUGGESTED = "jaxopt_lab:gp"
 # What a database takes as the value of one attribute.
 _LONGEST = 2045
+# Threads of a process ask in turn, each with what the one before it was given among the trials that run.
+_TURN = threading.Lock()
+_RUNNING = (TrialState.RUNNING, TrialState.WAITING)
 
 
 class GPSampler(BaseSampler):
@@ -33,7 +37,8 @@ class GPSampler(BaseSampler):
     expected improvement, or of the expected hypervolume for several objectives, times the probability that the constraints hold.
 
     - The first `n_startup_trials` follow a scrambled Sobol sequence.
-    - Trials that run are fantasised: parallel workers, and `ask` before `tell`, get different points.
+    - Trials that run are fantasised: parallel workers, and `ask` before `tell`, get different points. Threads of a process ask in
+      turn; a process that finds its point given to another one meanwhile asks again.
     - Conditional spaces: the space is the union of what trials asked for, and which parameters go together is learnt from them.
       A parameter that is asked for though it was not expected, is drawn evenly.
     - A range that changes: the latest counts; older trials keep their values.
@@ -104,17 +109,22 @@ class GPSampler(BaseSampler):
         """Values of the parameters of a space; those of a conditional space that the suggested point does not have are left out."""
         if not search_space:
             return {}
+        with _TURN:
+            while True:
+                known = self._known(study, trial, search_space)
+                values = self._suggestion(trial.number, search_space, known)
+                _record(study, trial, {name: search_space[name].to_internal_repr(value) for name, value in values.items()})
+                if known is None or not _taken(study, trial, search_space, known, values):
+                    return values
+
+    def _suggestion(self, number: int, search_space: dict[str, BaseDistribution], known: Known | None) -> dict[str, Any]:
         space = _space(search_space)
-        known = self._known(study, trial, search_space)
-        rng = self._rng(trial.number)
         if known is None:
-            x = draw(space, self._sobol(len(search_space), trial.number)[None])[0]
+            x = draw(space, self._sobol(len(search_space), number)[None])[0]
         else:
-            x = suggest(space, known, rng, noise=self._noise, warp_inputs=self._warp_inputs)
+            x = suggest(space, known, self._rng(number), noise=self._noise, warp_inputs=self._warp_inputs)
         values = {name: x[i] for i, name in enumerate(search_space) if x[i] > INACTIVE}
-        values = {name: _decode(value, search_space[name]) for name, value in values.items()}
-        _record(study, trial, {name: search_space[name].to_internal_repr(value) for name, value in values.items()})
-        return values
+        return {name: _decode(value, search_space[name]) for name, value in values.items()}
 
     def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
         """A value drawn evenly, or evenly in the logarithm."""
@@ -153,7 +163,7 @@ class GPSampler(BaseSampler):
             y = np.concatenate([y, np.minimum(early, np.median(y)) if told else early])
         y = np.column_stack([outputs.clean(column) for column in y.T])
         failed = [t for t in trials if t.state is TrialState.FAIL and t.params.keys() & space.keys()]
-        running = [t for t in trials if t.state in (TrialState.RUNNING, TrialState.WAITING)]
+        running = [t for t in trials if t.state in _RUNNING]
         if not self._penalise_failed:
             running, failed = [*running, *failed], []
         told = [*told, *pruned]
@@ -163,9 +173,8 @@ class GPSampler(BaseSampler):
             told = [*told, *failed]
             if constraints.shape[1]:
                 constraints = np.concatenate([constraints, np.tile(np.maximum(constraints.max(0), 0), (len(failed), 1))])
-        pending = [_encode(_params(t, space), space) for t in running if _params(t, space)]
         x = np.array([_encode(t.params, space) for t in told])
-        return Known(x, y, constraints, np.array(pending).reshape(-1, len(space)))
+        return Known(x, y, constraints, _points(running, space))
 
 
 def _space(space: dict[str, BaseDistribution]) -> Space:
@@ -198,6 +207,12 @@ def _ends(distribution: Any) -> tuple[float, float]:
 def _encode(params: dict[str, Any], space: dict[str, BaseDistribution]) -> list[float]:
     """The coordinates of a trial, `INACTIVE` where it has no such parameter; outside [0, 1] for a value out of the range."""
     return [_coordinate(params[name], d) if name in params else INACTIVE for name, d in space.items()]
+
+
+def _points(trials: list[FrozenTrial], space: dict[str, BaseDistribution]) -> np.ndarray:
+    """The coordinates [p, d] of those trials that have a point, though it may be one that is not asked for yet."""
+    points = [_encode(params, space) for t in trials if (params := _params(t, space))]
+    return np.array(points).reshape(-1, len(space))
 
 
 def _coordinate(value: Any, distribution: Any) -> float:
@@ -259,12 +274,20 @@ def _record(study: Study, trial: FrozenTrial, values: dict[str, float]) -> None:
         study._storage.set_trial_system_attr(trial._trial_id, f"{_SUGGESTED}:{i // _LONGEST}", text[i : i + _LONGEST])
 
 
+def _taken(study: Study, trial: FrozenTrial, space: dict[str, BaseDistribution], known: Known, values: dict[str, Any]) -> bool:
+    """Whether another process has been given the same point since `known` was read: both have written theirs before they look."""
+    others = [t for t in study.get_trials(deepcopy=False, states=_RUNNING) if t.number != trial.number]
+    mine = names(np.array([_encode(values, space)]))
+    return bool(set(mine) & set(names(_points(others, space))) - set(names(known.pending)))
+
+
 def _params(trial: FrozenTrial, space: dict[str, BaseDistribution]) -> dict[str, Any]:
     """The parameters of a trial that runs, with those suggested and not yet asked for; fixed ones while it waits."""
     parts = []
     while (part := trial.system_attrs.get(f"{_SUGGESTED}:{len(parts)}")) is not None:
         parts.append(part)
-    suggested = json.loads("".join(parts)) if parts else {}
+    # What was written over may have had more parts: only the first object counts.
+    suggested = json.JSONDecoder().raw_decode("".join(parts))[0] if parts else {}
     # A range may have changed since: what it no longer has cannot be placed.
     known = {name: space[name].to_external_repr(value) for name, value in suggested.items() if name in space}
     fixed = trial.system_attrs.get("fixed_params", {})

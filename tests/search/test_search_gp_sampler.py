@@ -1,7 +1,10 @@
 """The sampler in Optuna's studies: Optuna's own tests of a sampler, and what these leave out."""
 
+import concurrent.futures
+import contextlib
 import json
 import math
+import threading
 import warnings
 
 import numpy as np
@@ -11,6 +14,8 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.testing import pytest_samplers
 from optuna.trial import TrialState, create_trial
 
+from jaxopt_lab.search import gp_sampler
+from jaxopt_lab.search.gp.suggest import suggest
 from jaxopt_lab.search.gp_sampler import GPSampler
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -192,6 +197,28 @@ def test_threads_share_a_study():
     study.optimize(bowl, n_trials=12, n_jobs=3)
     points = [tuple(t.params.values()) for t in study.trials]
     assert len(set(points)) == 12
+
+
+def test_processes_that_read_the_same_history_get_different_points(monkeypatch):
+    """Neither has written its point when the other reads: at the end of a range both would choose the same."""
+    study = study_of((0.1, 0.9), (0.5, 0.5), (0.9, 0.1), (0.95, 0.05))
+    both, calls = threading.Barrier(2), []
+
+    def together(*args, **options):
+        calls.append(args[1].pending.tolist())
+        if len(calls) <= 2:
+            both.wait(60)
+        return suggest(*args, **options)
+
+    monkeypatch.setattr(gp_sampler, "suggest", together)
+    # A lock is of one process: here the threads stand for two.
+    monkeypatch.setattr(gp_sampler, "_TURN", contextlib.nullcontext())
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = [each.result(120).params["x"] for each in [pool.submit(study.ask, X) for _ in range(2)]]
+    assert calls[:2] == [[], []]
+    # At least one saw the other's, and asked again.
+    assert len(calls) >= 3
+    assert len(set(found)) == 2
 
 
 def test_types_are_pythons():

@@ -16,7 +16,7 @@ from jaxopt_lab.search.gp.maximise import Question, fantasies, refined, score
 from jaxopt_lab.search.gp.precision import exactly
 from jaxopt_lab.search.gp.process import Data, Hyper, Process, condition, data, fit
 
-__all__ = ["Known", "Space", "draw", "suggest"]
+__all__ = ["Known", "Space", "draw", "names", "suggest"]
 
 
 class Space(NamedTuple):
@@ -60,6 +60,16 @@ def draw(space: Space, unit: np.ndarray) -> np.ndarray:
     index = np.floor(unit * space.levels)
     grid = np.where(space.categorical, index, (index + 0.5) / np.maximum(space.levels, 1))
     return np.where(space.levels > 0, grid, unit)
+
+
+def names(points: np.ndarray) -> list[bytes]:
+    """A key a point [n, d]; points nearer than a billionth of the range have one.
+
+    >>> first, second = names(np.array([[0.5, 0.0], [0.5 + 1e-12, -0.0]]))
+    >>> first == second
+    True
+    """
+    return [row.tobytes() for row in points.round(9) + 0.0]
 
 
 def suggest(
@@ -219,7 +229,7 @@ def _maximum(space, known, question, lengths, leaders, rng) -> np.ndarray:
     """The unseen point [d] of the largest score."""
     D, grids = len(lengths), (space.levels > 0).any()
     activity = _activity(space, known.x)
-    seen = set(_names(np.concatenate([known.x, known.pending])))
+    seen = set(names(np.concatenate([known.x, known.pending])))
     low, high = _region(space, leaders, rng)
     points = np.concatenate([_spread(space, rng, low, high), _around(space, leaders, rng)])
     # Coordinates of old ranges may lie outside, and so may what is near them.
@@ -242,12 +252,8 @@ def _maximum(space, known, question, lengths, leaders, rng) -> np.ndarray:
     return starts[int(np.where(fresh, value, -np.inf).argmax())] if fresh.any() else drawn
 
 
-def _names(points: np.ndarray) -> list[bytes]:
-    return [row.tobytes() for row in points.round(9) + 0.0]
-
-
 def _fresh(points: np.ndarray, seen: set[bytes]) -> np.ndarray:
-    return np.array([name not in seen for name in _names(points)])
+    return np.array([name not in seen for name in names(points)])
 
 
 def _region(space: Space, leaders: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
