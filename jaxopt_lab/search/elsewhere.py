@@ -3,13 +3,16 @@
 `population` and `sweep` hand their configurations to such an engine in chunks, and are told of each when it is over, in any order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 from jaxopt_lab.search.trial import Result, Trial
 
-__all__ = ["Elsewhere", "Hands", "Lost"]
+__all__ = ["Elsewhere", "Hands", "Lost", "Prune", "relabelled"]
+
+# Asked after a rung with the scores of some that are trained together, which of them to train no further.
+Prune = Callable[[int, Mapping[int, float]], Sequence[int]]
 
 
 class Lost(NamedTuple):
@@ -50,10 +53,30 @@ class Hands(Protocol):
 class Elsewhere:
     """An engine that trains whole populations elsewhere, instead of an `Engine` of this process."""
 
-    def hands(self, trial: Trial, run: dict[str, Any]) -> AbstractContextManager[Hands]:
-        """Those who train a trial as `population(trial, configs, **run)` does, for as long as the context is open."""
+    def hands(self, trial: Trial, run: dict[str, Any], prune: Prune | None) -> AbstractContextManager[Hands]:
+        """Those who train a trial as `population(trial, configs, **run)` does, for as long as the context is open.
+
+        `prune` is asked in this process, while it waits, of the labels of a chunk.
+        """
         raise NotImplementedError
 
-    def population(self, trial: Trial, configs: Sequence[Any], run: dict[str, Any]) -> Result:
-        """As `population(trial, configs, **run)`."""
+    def population(self, trial: Trial, configs: Sequence[Any], run: dict[str, Any], prune: Prune | None) -> Result:
+        """As `population(trial, configs, prune=prune, **run)`."""
         raise NotImplementedError
+
+
+def relabelled(prune: Prune | None, labels: Sequence[int]) -> Prune | None:
+    """The question as a population puts it, by position, where it is answered by labels.
+
+    >>> asked = relabelled(lambda step, scores: [label for label, score in scores.items() if score > step], [7, 9])
+    >>> asked(5, {0: 3.0, 1: 8.0})
+    [1]
+    """
+    if prune is None:
+        return None
+
+    def asked(step: int, scores: Mapping[int, float]) -> list[int]:
+        dropped = set(prune(step, {labels[index]: score for index, score in scores.items()}))
+        return [index for index in scores if labels[index] in dropped]
+
+    return asked

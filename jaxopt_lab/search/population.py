@@ -71,7 +71,8 @@ def population(
         trial that has a parameter `shared` gets it, as an argument of its program, which lies on each device once; what a function
         closes over becomes a constant of every program instead, to be compiled and kept with it.
       prune: `(step, scores) -> indices`, which is asked after each rung, with the scores by index of those that are trained, which
-        to train no further; the others move together, and the best is one of those that took every step.
+        to train no further; the others move together, and the best is one of those that took every step. It is asked of those
+        that are trained at the same time: of all, unless they are run in turns or elsewhere.
       save: a directory of this call's own in which its newest rung is kept. Killed, and made again, the call goes on from there, to
         the same bits where XLA compiles the same programs again (a CPU does; an accelerator measures which to take), and asks
         `prune` of no rung that is kept. The functions, and `shared`, must be the same, which is not checked; all else is. One
@@ -105,12 +106,10 @@ def population(
     options: dict[str, Any] = {"engine": engine, "numbers": numbers, "memory": memory, "devices": devices, "static": static}
     options["shared"] = shared
     if isinstance(engine, Elsewhere):
-        if prune is not None:
-            raise ValueError(f"{engine} trains elsewhere, where prune cannot be asked; leave it out")
         if save is not None:
             raise ValueError(f"{engine} trains elsewhere, where save keeps nothing; leave it out, or run a sweep")
         run = {"key": key, "batches": batches, "steps": steps, "rungs": rungs, "keep": keep, "maximize": maximize, **options}
-        return engine.population(trial, configs, run)
+        return engine.population(trial, configs, run, prune)
     decided = {"function": "population", "rungs": [*map(int, marks[:-1])], "prune": prune is not None}
     crew = Crew(trial, configs, key, batches, steps, save=save, decided=decided, **options)
     record = Record(len(crew.configs))

@@ -27,10 +27,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from jaxopt_lab.core.types import Array, PyTree
-from jaxopt_lab.search.elsewhere import Elsewhere, Lost
+from jaxopt_lab.search.elsewhere import Elsewhere, Lost, Prune, relabelled
 from jaxopt_lab.search.population import population
 from jaxopt_lab.search.study import Asked, suggest, tell
 from jaxopt_lab.search.trial import Result, Trial
@@ -74,14 +75,15 @@ def sweep(
       together: how many to ask for at once. A sampler that learns, learns between.
       lease: for how many seconds a trial belongs to the process that asked for it, counted anew while it is trained.
       prune: whether the study's pruner is asked at each rung which trials to give up, of all that the storage knows: with
-        `optuna.pruners.SuccessiveHalvingPruner` that is ASHA. What goes on moves together, on the device.
+        `optuna.pruners.SuccessiveHalvingPruner` that is ASHA. What goes on moves together, on the device; on a cluster each actor
+        asks here when its trials come to a rung, and waits for no other.
       options: engine, memory, devices, static, shared, as for `population`; `engine=ray(...)` asks for `together` trials an actor.
 
     Returns:
       How many trials this process ran. Others that run elsewhere still may be unfinished.
 
     Raises:
-      ValueError: a number out of range, a study of several objectives, pruning without rungs or elsewhere, or as for `population`.
+      ValueError: a number out of range, a study of several objectives, pruning without rungs, or as for `population`.
 
     >>> import jax, jax.numpy as jnp, optuna
     >>> from jaxopt_lab.search.spaces import uniform
@@ -102,15 +104,14 @@ def sweep(
     owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
     maximize, engine = study.direction.name == "MAXIMIZE", options.get("engine")
     run = {"key": key, "batches": batches, "steps": steps, "rungs": rungs, "keep": 0, "maximize": maximize, **options}
-    if prune and (not rungs or isinstance(engine, Elsewhere)):
-        raise ValueError(f"prune asks at rungs, in this process; got rungs={tuple(rungs)} and engine={engine}")
+    if prune and not rungs:
+        raise ValueError("prune asks at rungs, and there are none; give rungs")
     flying: dict[int, Asked] = {}
     pruned: set[int] = set()
+    asked = partial(_given_up, flying, pruned) if prune else None
     ran = 0
     with (
-        engine.hands(trial, run)
-        if isinstance(engine, Elsewhere)
-        else nullcontext(_Here(trial, run, flying, pruned if prune else None)) as hands,
+        engine.hands(trial, run, asked) if isinstance(engine, Elsewhere) else nullcontext(_Here(trial, run, asked)) as hands,
         _held(study, flying, owner, lease),
     ):
         while True:
@@ -125,13 +126,10 @@ def sweep(
 
 
 class _Here:
-    """One population at a time, trained in this process when it is waited for.
+    """One population at a time, trained in this process when it is waited for."""
 
-    `flying` has its trials, and those that their pruner gave up come into `pruned`; None asks no pruner.
-    """
-
-    def __init__(self, trial: Trial, run: dict[str, Any], flying: Mapping[int, Asked], pruned: set[int] | None):
-        self._trial, self._run, self._flying, self._pruned = trial, run, flying, pruned
+    def __init__(self, trial: Trial, run: dict[str, Any], prune: Prune | None):
+        self._trial, self._run, self._prune = trial, run, prune
         self._given: tuple[Sequence[int], Sequence[Any], Sequence[int]] | None = None
 
     def room(self) -> int:
@@ -144,29 +142,30 @@ class _Here:
         assert self._given is not None
         labels, configs, numbers = self._given
         self._given = None
-
-        def ended(step: int, scores: Mapping[int, float]) -> list[int]:
-            return [index for index, score in scores.items() if self._ends(labels[index], step, score)]
-
-        prune = None if self._pruned is None else ended
+        prune = relabelled(self._prune, labels)
         return [(list(labels), population(self._trial, configs, numbers=numbers, prune=prune, **self._run))]
 
-    def _ends(self, number: int, step: int, score: float) -> bool:
-        """Whether a trial goes no further: it diverged, its pruner says so, or another process has finished it."""
-        from optuna.exceptions import UpdateFinishedTrialError
 
-        trial = self._flying[number].trial
-        if math.isnan(score):
-            return True
+def _given_up(flying: Mapping[int, Asked], pruned: set[int], step: int, scores: Mapping[int, float]) -> list[int]:
+    """Which trials go no further: what diverged, what another process has finished, and what its pruner gives up, `pruned` too."""
+    from optuna.exceptions import UpdateFinishedTrialError
+
+    ended = []
+    for number, score in scores.items():
+        # One that is trained again, where it was trained having died, was asked about before; or it is over.
+        if math.isnan(score) or number in pruned or number not in flying:
+            ended.append(number)
+            continue
+        trial = flying[number].trial
         try:
             _report(trial, score, step)
         except UpdateFinishedTrialError:
-            return True
+            ended.append(number)
+            continue
         if trial.should_prune():
-            assert self._pruned is not None
-            self._pruned.add(number)
-            return True
-        return False
+            pruned.add(number)
+            ended.append(number)
+    return ended
 
 
 def _report(trial: "optuna.Trial", score: float, step: int) -> None:

@@ -1,5 +1,6 @@
 """Populations and sweeps on a cluster: what is decided without Ray, and what becomes of it with a Ray that is made up."""
 
+import asyncio
 import functools
 import json
 import math
@@ -9,8 +10,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -187,7 +190,7 @@ class Backwards(Elsewhere):
         self.lost, self.most, self._held = set(lost), 0, []
 
     @contextmanager
-    def hands(self, trial, run):
+    def hands(self, trial, run, prune):
         self.train = lambda configs, numbers: population(trial, configs, numbers=numbers, **{**run, "engine": scanned()})
         yield self
 
@@ -282,13 +285,19 @@ class RayTaskError(Exception):
 
 
 class MadeUp:
-    """As much of Ray as a pool uses; `fate(handle, rows)` may raise, or return False for a chunk that is never over."""
+    """As much of Ray as a pool uses; `fate(handle, rows)` may raise, or return False for a chunk that is never over.
+
+    Actors with a desk train in threads, which wait there; `fate` is asked of them again and again. What is asked at a desk after
+    `desk_dies` is set is an error, once.
+    """
 
     exceptions = SimpleNamespace(RayError=ActorDiedError, RayTaskError=RayTaskError, RaySystemError=RaySystemError)
+    util = SimpleNamespace(scheduling_strategies=SimpleNamespace(NodeAffinitySchedulingStrategy=lambda node, soft: (node, soft)))
 
     def __init__(self, cpus, fate=lambda handle, rows: True, start=lambda handle: True):
         self.cpus, self.fate, self.start = list(cpus), fate, start
-        self.made, self.killed, self.stored, self.options = [], [], [], []
+        self.made, self.killed, self.stored, self.options, self.desks = [], [], [], [], []
+        self.desk_dies, self.threads = False, ThreadPoolExecutor(16)
 
     def is_initialized(self):
         return True
@@ -303,9 +312,50 @@ class MadeUp:
         self.options.append(options)
 
         def make(kind):
-            return SimpleNamespace(remote=lambda: self.hire(kind()))
+            return SimpleNamespace(remote=lambda: self.open(kind()) if kind is pool.Desk else self.hire(kind()))
 
         return make
+
+    def open(self, desk):
+        loop, waiting, closed = asyncio.new_event_loop(), [], []
+
+        def live():
+            loop.run_forever()
+            if tasks := asyncio.all_tasks(loop):
+                for each in tasks:
+                    each.cancel()
+                loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            loop.close()
+
+        thread = threading.Thread(target=live, daemon=True)
+        thread.start()
+
+        def method(bound):
+            def remote(*arguments):
+                if closed or (self.desk_dies and bound == desk.ask):
+                    self.desk_dies = False
+                    return Ref(lambda: self.fail("the desk is gone"))
+                waiting.append(asyncio.run_coroutine_threadsafe(bound(*arguments), loop))
+                return Ref(functools.partial(self.heard, waiting[-1]))
+
+            return SimpleNamespace(remote=remote)
+
+        def close():
+            closed.append(True)
+            for each in waiting:
+                each.cancel()
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join(10)
+
+        methods = {name: method(getattr(desk, name)) for name in ("ask", "next", "answer")}
+        self.desks.append(SimpleNamespace(**methods, close=close))
+        return self.desks[-1]
+
+    def heard(self, future):
+        return self.fail("the desk is gone") if future.cancelled() else future.done() and future.result()
+
+    def fail(self, why):
+        raise ActorDiedError(why)
 
     def hire(self, worker):
         handle = SimpleNamespace(number=len(self.made), worker=worker)
@@ -315,12 +365,16 @@ class MadeUp:
         self.made.append(handle)
         handle.where = SimpleNamespace(remote=lambda: Ref(lambda: self.at(handle)))
 
-        def train(settings, trial, batches, shared, run, rows):
+        def train(settings, trial, batches, shared, run, rows, desk):
+            # As it travels.
+            assert not {"shared", "prune"} & set(run)
+            thread = None if desk is None else self.threads.submit(worker.train, settings, trial, batches, shared, run, rows, desk)
+
             def call():
                 alive = self.fate(handle, rows)
-                # As it travels.
-                assert "shared" not in run
-                return alive and worker.train(settings, trial, batches, shared, run, rows)
+                if thread is None:
+                    return alive and worker.train(settings, trial, batches, shared, run, rows)
+                return alive and thread.done() and thread.result()
 
             return Ref(call)
 
@@ -352,6 +406,8 @@ class MadeUp:
     def get(self, ref):
         if isinstance(ref, int):
             return self.stored[ref]
+        while not self.over(ref):
+            time.sleep(0.005)
         if isinstance(ref.found, Exception):
             raise ref.found
         return ref.found
@@ -362,6 +418,8 @@ class MadeUp:
 
     def kill(self, handle, no_restart):
         self.killed.append(handle)
+        if handle in self.desks:
+            handle.close()
 
 
 @pytest.fixture
@@ -548,6 +606,108 @@ def test_errors_of_the_device_are_faults_and_those_of_the_trial_are_raised(engin
         with pytest.raises(RayTaskError, match="it must return one number"):
             sweep(study, SPACE, broken, trials=4, together=2, engine=engine, **RUN)
         # The engine is good for another.
+        assert agree(swept(engine)) == ["COMPLETE"] * 11
+
+
+class Thirds(optuna.pruners.BasePruner):
+    """Gives up every third trial at the first rung; keeps whom it was asked about."""
+
+    def __init__(self):
+        self.asked = []
+
+    def prune(self, study, trial):
+        self.asked.append((trial.number, trial.last_step))
+        return trial.number % 3 == 0 and trial.last_step == 1
+
+
+def pruned(engine, pruner, trials=12, together=4):
+    study = open_study(SPACE, sampler=optuna.samplers.RandomSampler(seed=0), pruner=pruner)
+    sweep(study, SPACE, TRIAL, trials=trials, together=together, rungs=(1, 3), prune=True, engine=engine, **RUN)
+    names = agree(study)
+    for trial in study.trials:
+        assert list(trial.intermediate_values) == [1, 3][: len(trial.intermediate_values)]
+        assert len(trial.intermediate_values) == 2 or trial.state.name == "PRUNED"
+    return names
+
+
+BY_THIRDS = ["PRUNED", "COMPLETE", "COMPLETE"] * 4
+
+
+def test_actors_ask_at_each_rung_whom_to_give_up(engine_on):
+    there, pruner = MadeUp([2]), Thirds()
+    with engine_on(there) as engine:
+        assert pruned(engine, pruner) == BY_THIRDS
+        # Of those given up nobody asks again.
+        assert sorted(pruner.asked) == sorted((k, at) for k in range(12) for at in (1, 3) if k % 3 or at == 1)
+        assert "PRUNED" in pruned(engine, optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3))
+        # Each call has its desk, which lies beside the driver and takes no CPU; without pruning there is none.
+        assert agree(swept(engine)) == ["COMPLETE"] * 11
+    assert len(there.desks) == 2
+    assert all(desk in there.killed for desk in there.desks)
+    options = next(each for each in there.options if "scheduling_strategy" in each)
+    assert (options["num_cpus"], options["scheduling_strategy"]) == (0, ("n0", True))
+
+
+def test_a_population_on_a_cluster_is_pruned_as_one_here(engine_on):
+    def worst(step, scores):
+        return [index for index, score in scores.items() if score > 1.0]
+
+    run = {**RUN, "rungs": (2,), "keep": 2, "prune": worst}
+    whole = population(TRIAL, drawn(), engine=vmapped(), **run)
+    found = population(TRIAL, drawn(), engine=engine_on(MadeUp([2])), **run)
+    assert 0 < np.isnan(whole.curves[:, -1]).sum() < 11
+    np.testing.assert_allclose(found.curves, whole.curves, rtol=1e-6)
+    assert found.best == whole.best
+    # What was given up is none of the best, though it may have scored better when it was.
+    late = population(TRIAL, drawn(), engine=engine_on(MadeUp([2])), **{**run, "prune": lambda step, scores: [whole.best]})
+    assert late.best != whole.best
+    assert np.isnan(late.curves[whole.best]).tolist() == [False, True]
+
+
+def test_an_actor_that_dies_after_it_asked_is_replaced_and_what_was_given_up_stays_so(engine_on):
+    pruner = Thirds()
+
+    def fate(handle, rows):
+        if handle.number == 0 and pruner.asked:
+            raise ActorDiedError("the process was killed")
+        return True
+
+    there = MadeUp([1], fate)
+    with engine_on(there) as engine:
+        assert pruned(engine, pruner) == BY_THIRDS
+        assert engine.deaths == 1
+
+
+def test_a_desk_that_dies_is_replaced(engine_on):
+    there = MadeUp([1])
+    there.desk_dies = True
+    with engine_on(there) as engine:
+        assert pruned(engine, Thirds()) == BY_THIRDS
+        assert engine.deaths == 1
+    there = MadeUp([1])
+    opened = there.open
+
+    def gone(desk):
+        handle = opened(desk)
+        handle.next = SimpleNamespace(remote=lambda: Ref(lambda: there.fail("the desk is gone")))
+        # Who has asked there is told so.
+        handle.ask = SimpleNamespace(remote=lambda step, scores: Ref(lambda: there.fail("the desk is gone")))
+        there.open = opened
+        return handle
+
+    there.open = gone
+    with engine_on(there) as engine:
+        assert pruned(engine, Thirds()) == BY_THIRDS
+    assert len(there.desks) == 2
+
+
+def test_an_error_of_the_pruner_is_raised_here(engine_on):
+    def broken(step, scores):
+        raise RuntimeError("the storage is gone")
+
+    with engine_on(MadeUp([2])) as engine:
+        with pytest.raises(RuntimeError, match="the storage is gone"):
+            population(TRIAL, drawn(), engine=engine, prune=broken, **{**RUN, "rungs": (2,)})
         assert agree(swept(engine)) == ["COMPLETE"] * 11
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import optuna
 import pytest
-from test_search_ray import RUN, SPACE, TRIAL, agree, drawn, swept
+from test_search_ray import BY_THIRDS, RUN, SPACE, TRIAL, Thirds, agree, drawn, pruned, swept
 
 from jaxopt_lab.search.cluster.engine import ray
 from jaxopt_lab.search.engines import vmapped
@@ -40,6 +41,10 @@ def test_a_private_cluster_comes_to_what_this_process_does():
         with pytest.raises(TypeError, match="must return one number"):
             population(TRIAL._replace(evaluate=lambda state: "ten"), drawn()[:2], engine=engine, **RUN)
         whole, there = (population(TRIAL, drawn(), rungs=(2,), keep=2, engine=each, **RUN) for each in (vmapped(), engine))
+        pruner = Thirds()
+        assert pruned(engine, pruner) == BY_THIRDS
+        assert len(pruner.asked) == 20
+        assert "PRUNED" in pruned(engine, optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3))
     np.testing.assert_allclose(there.curves, whole.curves, rtol=1e-6)
     np.testing.assert_allclose(there.metrics["first"], whole.metrics["first"], rtol=1e-6)
     np.testing.assert_allclose(there.states[there.best], whole.states[whole.best], rtol=1e-6)

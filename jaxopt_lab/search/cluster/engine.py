@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxopt_lab.search.cluster.plan import Row, dealt, fitting, gathered
 from jaxopt_lab.search.cluster.pool import Pool, Terms, import_ray
-from jaxopt_lab.search.elsewhere import Elsewhere, Lost
+from jaxopt_lab.search.elsewhere import Elsewhere, Lost, Prune
 from jaxopt_lab.search.engines import Engine
 from jaxopt_lab.search.population import check_rungs
 from jaxopt_lab.search.trial import Result, Trial, check_trial, check_typed_key
@@ -55,8 +55,8 @@ class Ray(Elsewhere):
         return 0 if self._pool is None else self._pool.deaths
 
     @contextmanager
-    def hands(self, trial: Trial, run: dict[str, Any]) -> Iterator[Pool]:
-        """Those who train a trial as `population(trial, configs, **run)` does."""
+    def hands(self, trial: Trial, run: dict[str, Any], prune: Prune | None = None) -> Iterator[Pool]:
+        """Those who train a trial as `population(trial, configs, **run)` does, and ask here at each rung whom to give up."""
         check_trial(trial)
         check_typed_key(run["key"])
         run = {name: value for name, value in run.items() if name not in ("engine", "numbers")}
@@ -65,14 +65,14 @@ class Ray(Elsewhere):
         batches = run.pop("batches")
         pool = self._pool or Pool(self.terms)
         try:
-            with pool.job(trial, batches, {**run, "engine": self._inner}):
+            with pool.job(trial, batches, {**run, "engine": self._inner}, prune):
                 yield pool
         finally:
             if pool is not self._pool:
                 pool.close()
 
-    def population(self, trial: Trial, configs: Sequence[Any], run: dict[str, Any]) -> Result:
-        """As `population(trial, configs, **run)`; configurations that were given up come to NaN, and a warning says why."""
+    def population(self, trial: Trial, configs: Sequence[Any], run: dict[str, Any], prune: Prune | None = None) -> Result:
+        """As `population(trial, configs, prune=prune, **run)`; what actors die of comes to NaN, and a warning says why."""
         marks, own = check_rungs(run["rungs"], run["steps"]), run["numbers"]
         if not len(configs):
             raise ValueError("there is no configuration to train")
@@ -80,7 +80,7 @@ class Ray(Elsewhere):
         if len(numbers) != len(configs):
             raise ValueError(f"numbers must be one for each of {len(configs)} configurations; there are {len(numbers)}")
         rows, parts = list(map(Row, range(len(configs)), configs, numbers)), []
-        with self.hands(trial, run) as pool:
+        with self.hands(trial, run, prune) as pool:
             pool.start()
             chunks = dealt(rows, pool.size() if self._chunk is None else -(-len(rows) // self._chunk))
             for chunk in chunks:
@@ -93,7 +93,8 @@ class Ray(Elsewhere):
         if given_up := [(labels, found.cause) for labels, found in parts if isinstance(found, Lost)]:
             labels = sorted(label for each, _ in given_up for label in each)
             warnings.warn(f"configurations {labels} were given up: {given_up[-1][1]}", RuntimeWarning, stacklevel=3)
-        return gathered(configs, marks, parts, keep=run["keep"], maximize=run["maximize"])
+        whole = None if prune is None else run["steps"]
+        return gathered(configs, marks, parts, keep=run["keep"], maximize=run["maximize"], whole=whole)
 
 
 def ray(

@@ -179,6 +179,7 @@ def gathered(
     *,
     keep: int | None,
     maximize: bool,
+    whole: int | None = None,
 ) -> Result:
     """The result of a population of which several trained some each; NaN for those that were given up.
 
@@ -187,6 +188,7 @@ def gathered(
       marks: the steps after which they were evaluated.
       parts: for each part, the positions of its members, and what became of them.
       keep, maximize: as for `population`.
+      whole: after how many steps those were evaluated that may be best; None for each member's last.
 
     >>> part = Result(np.array([4.0]), [np.float32(2)], (), np.array([[4.0]]), (5,), {}, 0, ("1 scanned",))
     >>> found = gathered([{}, {}], (5,), [([1], part), ([0], Lost("it is gone"))], keep=1, maximize=False)
@@ -205,7 +207,7 @@ def gathered(
         states = zip(labels, found.states, strict=True)
         record.states |= {label: partial(jax.device_put, state) for label, state in states if state is not None}
         engines += found.engines
-    order = ranked(record.scores(), maximize)
+    order = ranked(record.scores(whole), maximize)
     if keep is not None:
         for label in set(record.states) - set(order[:keep]):
             del record.states[label]

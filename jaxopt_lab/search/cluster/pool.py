@@ -1,10 +1,14 @@
 """Actors of a Ray cluster that train chunks of a population: hired while there is room, given work, replaced when they die.
 
+Where their chunks may be pruned they ask at each rung. A call goes from the driver to an actor alone, so one more actor, the
+`Desk`, takes questions in and answers out; the driver sees to it while it waits.
+
 Ray places them, carries functions and arrays to them, and says when one is gone. What is tried again, how often and by whom is
 decided in `plan`. An actor keeps what it compiled for as long as it lives. Nothing is trained twice at a time: an actor that
 does not answer any more is killed before its chunk goes to another.
 """
 
+import asyncio
 import math
 import os
 import time
@@ -21,11 +25,11 @@ import numpy as np
 
 from jaxopt_lab.core.types import PyTree
 from jaxopt_lab.search.cluster.plan import Chunk, Row, after_death, environment, fitting, likeness, matched
-from jaxopt_lab.search.elsewhere import Lost
+from jaxopt_lab.search.elsewhere import Lost, Prune, relabelled
 from jaxopt_lab.search.population import population
 from jaxopt_lab.search.trial import Result, Trial
 
-__all__ = ["Pool", "Terms", "Worker"]
+__all__ = ["Desk", "Pool", "Terms", "Worker"]
 
 # What JAX computes depends on these: an actor takes them over from the driver.
 _SETTINGS = (
@@ -38,6 +42,8 @@ _SETTINGS = (
 )
 # Seconds between looks at the cluster, and how many trials and streams of batches an actor keeps.
 _LOOK, _KEPT = 1.0, 4
+# Every actor may wait at the desk at the same time.
+_AT_THE_DESK = 100_000
 # How many may fail to start in a row at least: a node may go just then.
 _IN_VAIN = 3
 
@@ -86,6 +92,31 @@ def import_ray() -> Any:
     return ray
 
 
+class Desk:
+    """Where actors put their questions, and the driver finds them and leaves the answers."""
+
+    def __init__(self):
+        self._questions: asyncio.Queue[tuple[int, int, dict[int, float]]] = asyncio.Queue()
+        self._answers: dict[int, asyncio.Future[list[int]]] = {}
+        self._asked = 0
+
+    async def ask(self, step: int, scores: dict[int, float]) -> list[int]:
+        """An actor's question, whom of these to train no further after a step; it waits for the answer."""
+        self._asked += 1
+        number, answer = self._asked, asyncio.get_running_loop().create_future()
+        self._answers[number] = answer
+        self._questions.put_nowait((number, step, scores))
+        return await answer
+
+    async def next(self) -> tuple[int, int, dict[int, float]]:
+        """The next question, with its number, once there is one."""
+        return await self._questions.get()
+
+    async def answer(self, number: int, labels: list[int]) -> None:
+        """The driver's answer; whoever asked may be dead."""
+        self._answers.pop(number).set_result(labels)
+
+
 class Worker:
     """What runs in an actor: it takes trials out of their boxes once, and keeps what it compiled of them."""
 
@@ -106,17 +137,23 @@ class Worker:
         shared: Box | None,
         run: Mapping[str, Any],
         rows: Sequence[Row],
+        desk: Any = None,
     ) -> Result:
-        """Trains some configurations; what it returns lies in the host's memory."""
+        """Trains some configurations, and asks at the desk, if there is one; what it returns lies in the host's memory."""
         for name, value in settings.items():
             jax.config.update(name, value)
         devices = jax.local_devices()
+
+        def asked(step: int, scores: Mapping[int, float]) -> list[int]:
+            return import_ray().get(desk.ask.remote(step, dict(scores)))
+
         found = population(
             self._out_of(trial),
             [row.config for row in rows],
             numbers=[row.number for row in rows],
             batches=self._out_of(batches),
             shared=self._shared_of(shared),
+            prune=relabelled(asked if desk is not None else None, [row.label for row in rows]),
             # On a CPU its devices are one, whatever their number.
             devices=devices if devices[0].platform != "cpu" else None,
             **run,
@@ -167,6 +204,9 @@ class Pool:
         self._boxes: list[tuple[Any, Box]] = []
         self._shared: Box | None = None
         self._job: tuple[Any, ...] | None = None
+        self._prune: Prune | None = None
+        # Its handle, and the question that is awaited.
+        self._desk: tuple[Any, Any] | None = None
         self._nodes: list[Mapping[str, Any]] = []
         self._looked = self._worked = -math.inf
         self._in_vain, self._marks, self.deaths = 0, 0, 0
@@ -177,16 +217,20 @@ class Pool:
         return [(a.node, a.process) for a in tuple(self._actors) if a.node is not None and a.process is not None]
 
     @contextmanager
-    def job(self, trial: Trial, batches: Any, run: Mapping[str, Any]) -> Iterator["Pool"]:
-        """Takes chunks of this trial alone while the context is open; whoever is at work when it closes is dismissed."""
+    def job(self, trial: Trial, batches: Any, run: Mapping[str, Any], prune: Prune | None = None) -> Iterator["Pool"]:
+        """Takes chunks of this trial alone while the context is open; whoever is at work when it closes is dismissed.
+
+        `prune` is asked, in `wait`, by label.
+        """
         if self._job is not None:
             raise RuntimeError("these actors are at work for another population or sweep; open a second engine for this one")
         run = dict(run)
-        self._job = (trial, batches, run.pop("shared", None), run)
+        self._job, self._prune = (trial, batches, run.pop("shared", None), run), prune
         try:
             yield self
         finally:
-            self._job = self._shared = None
+            self._job = self._shared = self._prune = None
+            self._close_desk()
             self._queue.clear()
             for actor in [actor for actor in self._actors if actor.chunk is not None]:
                 self._dismiss(actor)
@@ -286,13 +330,16 @@ class Pool:
         for _ in pairs:
             self._queue.popleft()
         settings = {name: getattr(jax.config, name) for name in _SETTINGS}
+        if self._prune is not None and self._desk is None:
+            self._open_desk()
         for chunk, (_, actor) in zip(chunks, pairs, strict=True):
             trial, batches, shared, run = self._job
             boxes = self._box(trial), self._box(batches)
             if shared is not None and self._shared is None:
                 # For this job alone: its arrays may be written to before the next, and would fill the store.
                 self._shared = self._put(jax.tree.map(_on_host, shared))
-            actor.awaited = actor.handle.train.remote(settings, *boxes, self._shared, run, chunk.rows)
+            desk = None if self._desk is None else self._desk[0]
+            actor.awaited = actor.handle.train.remote(settings, *boxes, self._shared, run, chunk.rows, desk)
             actor.chunk, actor.since = chunk, time.monotonic()
 
     def _box(self, thing: Any) -> Box:
@@ -314,13 +361,40 @@ class Pool:
         if not awaited:
             time.sleep(_LOOK / 10)
             return []
-        ready, _ = self._ray.wait(list(awaited), num_returns=1, timeout=_LOOK)
+        refs = [*awaited, *([] if self._desk is None else [self._desk[1]])]
+        ready, _ = self._ray.wait(refs, num_returns=1, timeout=_LOOK)
         if ready:
-            ready, _ = self._ray.wait(list(awaited), num_returns=len(awaited), timeout=0)
-        told = [outcome for ref in ready for outcome in self._heard(awaited[ref])]
+            ready, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0)
+        told = [outcome for ref in ready if ref in awaited for outcome in self._heard(awaited[ref])]
+        if self._desk is not None and self._desk[1] in ready:
+            self._attend()
         for actor in [actor for actor in self._actors if self._is_late(actor)]:
             told += self._died(actor, f"it took longer than {self._terms.timeout} s")
         return told
+
+    def _open_desk(self) -> None:
+        """On this node, so that it lives as long as the driver does."""
+        here = self._ray.get_runtime_context().get_node_id()
+        beside = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=True)
+        desk = self._ray.remote(num_cpus=0, max_concurrency=_AT_THE_DESK, scheduling_strategy=beside)(Desk).remote()
+        self._desk = desk, desk.next.remote()
+
+    def _close_desk(self) -> None:
+        desk, self._desk = self._desk, None
+        with suppress(Exception):
+            self._ray.kill(desk[0], no_restart=True)
+
+    def _attend(self) -> None:
+        """Answers the question that has come."""
+        desk, question = self._desk
+        try:
+            number, step, scores = self._ray.get(question)
+        except self._ray.exceptions.RayError:
+            # Who waits there is told of it, and counts as dead; the next chunks are given another one.
+            self._close_desk()
+            return
+        desk.answer.remote(number, list(self._prune(step, scores)))
+        self._desk = desk, desk.next.remote()
 
     def _is_late(self, actor: _Actor) -> bool:
         limit = self._terms.timeout
