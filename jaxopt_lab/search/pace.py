@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jaxopt_lab.search.engines import Engine, Programs, looped, programs, scanne
 from jaxopt_lab.search.grouping import Group, shapes
 from jaxopt_lab.train.stepping import worth_compiling
 
-__all__ = ["Start", "bytes_of_memory", "chosen", "split"]
+__all__ = ["Start", "bytes_of_memory", "chosen", "portions", "split"]
 
 # More members at once only leave a CPU's cache; accelerators are filled.
 _WIDTH_ON_CPU, _WIDTH = 64, 4096
@@ -38,6 +39,7 @@ class Start:
       state: the shapes and types of one member's state.
       member_bytes: what one member takes while others are run.
       shared_bytes: what `shared` takes on each device.
+      moved_bytes: what one member takes besides while those that go on are gathered: some of its arrays before, and after.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class Start:
         self.state, self.metrics = shapes(group.member, key, self._batch, self._traced, shared)
         self.member_bytes = _nbytes((self.state, self.metrics, self._traced))
         self.shared_bytes = _nbytes(shared)
+        leaves = jax.tree.leaves(self.state)
+        self.moved_bytes = 2 * max((_nbytes([leaves[k] for k in some]) for some in portions(leaves)), default=0)
 
     @property
     def leaves(self) -> int:
@@ -117,6 +121,23 @@ def split(count: int, devices: int, engine: Engine) -> list[np.ndarray]:
     turns = -(-count // (devices * (engine.width or 1)))
     size = devices * -(-count // (devices * turns))
     return [np.minimum(np.arange(begin, begin + size), count - 1) for begin in range(0, count, size)]
+
+
+def portions(leaves: Sequence[Any]) -> list[list[int]]:
+    """Positions of arrays in turn, some at a time: of a quarter of all their bytes at most, or one alone.
+
+    >>> portions([np.ones(8), np.ones(1), np.ones(1), np.ones(2)])
+    [[0], [1, 2], [3]]
+    """
+    most, taken, found = _nbytes(leaves) / 4, 0, []
+    for place, leaf in enumerate(leaves):
+        own = _nbytes(leaf)
+        if not found or taken + own > most:
+            found.append([])
+            taken = 0
+        found[-1].append(place)
+        taken += own
+    return found
 
 
 def bytes_of_memory(device: Any) -> int:
@@ -182,7 +203,8 @@ def _fitting(start: Start, engine: Engine, memory: int, *, evaluation: bool = Tr
         # Spread evenly over as many turns as it takes.
         width = len(start.parts(vmapped(width))[0]) // len(start.devices)
         tried = vmapped(width, compiled=engine.compiled)
-        taken = start.shared_bytes + width * start.member_bytes + start.working_bytes(tried, evaluation=evaluation)
+        besides = max(start.working_bytes(tried, evaluation=evaluation), width * start.moved_bytes)
+        taken = start.shared_bytes + width * start.member_bytes + besides
         if taken <= memory:
             return tried
         if width == 1:

@@ -1,7 +1,7 @@
 """Many configurations trained side by side: one compiled program for all that share their shapes."""
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from jaxopt_lab.search import saved
 from jaxopt_lab.search.elsewhere import Elsewhere
 from jaxopt_lab.search.engines import Engine, Programs, programs, replicated
 from jaxopt_lab.search.grouping import group
-from jaxopt_lab.search.pace import Start, bytes_of_memory, chosen, split
+from jaxopt_lab.search.pace import Start, bytes_of_memory, chosen, portions, split
 from jaxopt_lab.search.trial import Result, Trial, check_shared, check_trial, check_typed_key
 
 __all__ = ["population"]
@@ -213,16 +213,17 @@ class Crew:
         return [(number, rows) for number, (start, engine) in pairs for rows in start.parts(engine)]
 
     def turns(self) -> list[list[tuple[int, np.ndarray]]]:
-        """The same in turns, each of which memory holds all states of, and what the dearest of their calls needs."""
-        turns, taken, working = [], 0, 0
+        """The same in turns, each of which memory holds all states of, and what the dearest of their calls or moves needs."""
+        turns, taken, working, moved = [], 0, 0, {}
         for number, rows in self.everyone():
             start, needed = self.starts[number], self._working[number]
-            own = start.member_bytes * len(rows) // len(start.devices)
-            if not turns or start.shared_bytes + taken + own + max(working, needed) > self.memory:
+            own, moving = (each * len(rows) // len(start.devices) for each in (start.member_bytes, start.moved_bytes))
+            most = max(working, needed, moved.get(number, 0) + moving)
+            if not turns or start.shared_bytes + taken + own + most > self.memory:
                 turns.append([])
-                taken = working = 0
+                taken, most, moved = 0, max(needed, moving), {}
             turns[-1].append((number, rows))
-            taken, working = taken + own, max(working, needed)
+            taken, working, moved[number] = taken + own, most, moved.get(number, 0) + moving
         return turns
 
     def stack(self, at: int, count: int) -> tuple[Any, int]:
@@ -393,19 +394,23 @@ class Members:
         """
         if self.known:
             return
-        groups: dict[int, list[_Part]] = {}
-        for part in self._parts:
-            groups.setdefault(part.number, []).append(part)
-        self._parts = [part for mine in groups.values() for part in self._selected(mine, sources, configs or {})]
+        parts, self._parts = self._parts, []
+        while parts:
+            # What is selected from is given away, or it would be there still when the last of it is.
+            mine = [part for part in parts if part.number == parts[0].number]
+            parts = [part for part in parts if part.number != parts[0].number]
+            self._parts += self._selected(mine, sources, configs or {})
 
-    def _selected(self, mine: list[_Part], sources: Mapping[int, int], configs: Mapping[int, Any]) -> Iterator[_Part]:
-        start = self._crew.starts[mine[0].number]
+    def _selected(self, mine: list[_Part], sources: Mapping[int, int], configs: Mapping[int, Any]) -> list[_Part]:
+        """Those of a group that go on; takes the list of the group's parts, and empties it."""
+        start, number, engine = self._crew.starts[mine[0].number], mine[0].number, mine[0].engine
         at: dict[int, int] = {}
         for k, index in enumerate(np.concatenate([part.indices for part in mine]).tolist()):
             at.setdefault(index, k)
         wanted = [index for index in sorted(sources) if index in at]
         if not wanted:
-            return
+            mine.clear()
+            return []
         places = [at[index] for index in wanted]
         columns = [np.concatenate(each)[places] for each in zip(*(map(np.asarray, part.traced) for part in mine), strict=True)]
         for row, index in enumerate(wanted):
@@ -413,15 +418,23 @@ class Members:
                 for column, value in zip(columns, start.group.member.values(configs[index]), strict=True):
                     column[row] = value
         # Of a width that is a power of two, so that few programs are compiled however many are left.
-        devices, engine = len(start.devices), mine[0].engine
+        devices = len(start.devices)
         width = min(engine.width or 1, 1 << (-(-len(wanted) // devices) - 1).bit_length())
         engine = Engine(width, engine.compiled)
-        run = programs(start.group.member, engine, start.devices)
-        for rows in split(len(wanted), devices, engine):
-            indices = np.array(wanted)[rows]
-            states = _taken([part.states for part in mine], np.array([at[sources[index]] for index in indices.tolist()]))
-            states, traced = jax.device_put((states, tuple(column[rows] for column in columns)), run.place)
-            yield _Part(mine[0].number, indices, engine, run, states, start.sums(run, len(rows)), traced)
+        run, calls = programs(start.group.member, engine, start.devices), split(len(wanted), devices, engine)
+        taken = _moved(mine, [np.array([at[sources[wanted[row]]] for row in rows]) for rows in calls], run.place)
+        return [
+            _Part(
+                number,
+                np.array(wanted)[rows],
+                engine,
+                run,
+                states,
+                start.sums(run, len(rows)),
+                jax.device_put(tuple(column[rows] for column in columns), run.place),
+            )
+            for rows, states in zip(calls, taken, strict=True)
+        ]
 
     def hand_over(self, kept: set[int] | None, *, away: bool) -> None:
         """Gives the states to the record: those of the kept alone, and off the device where others need the room."""
@@ -472,10 +485,29 @@ def _advanced(part: _Part, stacked: Any, count: int, shared: PyTree) -> _Part:
     return part._replace(states=states, sums=sums)
 
 
+def _moved(parts: list[_Part], rows: Sequence[np.ndarray], place: Any) -> list[PyTree]:
+    """The states at some rows of several parts, a tree for each of `rows`, on their devices.
+
+    A portion of the arrays at a time, which then goes: the list of parts is emptied.
+    """
+    trees = [part.states for part in parts]
+    parts.clear()
+    treedef, old = jax.tree.structure(trees[0]), [jax.tree.leaves(tree) for tree in trees]
+    trees.clear()
+    new: list[dict[int, Array]] = [{} for _ in rows]
+    for some in portions(old[0]):
+        arrays = [[leaves[k] for k in some] for leaves in old]
+        for leaves in old:
+            leaves[some[0] : some[-1] + 1] = [None] * len(some)
+        for each, own in zip(new, rows, strict=True):
+            each.update(zip(some, jax.device_put(_taken(arrays, own), place), strict=True))
+    return [jax.tree.unflatten(treedef, [each[k] for k in range(treedef.num_leaves)]) for each in new]
+
+
 @jax.jit
-def _taken(states: Sequence[PyTree], rows: Array) -> PyTree:
-    """The rows of states that lie in several parts."""
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[rows], *states)
+def _taken(parts: Sequence[Sequence[Array]], rows: Array) -> list[Array]:
+    """The rows of arrays that lie in several parts."""
+    return [jnp.concatenate(leaves)[rows] for leaves in zip(*parts, strict=True)]
 
 
 def _row(states: PyTree, row: int) -> PyTree:

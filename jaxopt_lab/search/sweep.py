@@ -2,7 +2,7 @@
 
 Who runs a trial is written to the trial, with a time until which that holds, and prolonged while it is trained. A trial whose time
 is over, or whose process is no more on this machine, is taken over by the next process that comes by: with the same number, hence
-with the same key and, the parameters being stored, to the same result.
+with the same key and, the parameters being stored, to the same result. A result is told only of the parameters that are stored.
 
 So several machines need nothing but a storage that all of them reach: a journal file on a shared file system (NFS 3 or later;
 Optuna locks it), or the URL of a database. Each runs the same script, as many times as it likes; their clocks must agree to a part
@@ -121,8 +121,15 @@ def sweep(
                 return ran
             for numbers, found in hands.wait():
                 for row, number in enumerate(numbers):
-                    _finish(study, flying.pop(number), found, row, number in pruned)
-                ran += len(numbers)
+                    each = flying.pop(number)
+                    if _as_stored(each):
+                        _finish(study, each, found, row, number in pruned)
+                        ran += 1
+                        continue
+                    # To be trained as it is stored, by whoever comes by.
+                    pruned.discard(number)
+                    with suppress(_finished()):
+                        each.trial.set_user_attr(_LEASE, [owner, 0.0])
 
 
 class _Here:
@@ -147,19 +154,20 @@ class _Here:
 
 
 def _given_up(flying: Mapping[int, Asked], pruned: set[int], step: int, scores: Mapping[int, float]) -> list[int]:
-    """Which trials go no further: what diverged, what another process has finished, and what its pruner gives up, `pruned` too."""
-    from optuna.exceptions import UpdateFinishedTrialError
+    """Which trials go no further: what diverged, what another process has changed or finished, and what its pruner gives up.
 
+    The last come into `pruned`.
+    """
     ended = []
     for number, score in scores.items():
         # One that is trained again, where it was trained having died, was asked about before; or it is over.
-        if math.isnan(score) or number in pruned or number not in flying:
+        if math.isnan(score) or number in pruned or number not in flying or not _as_stored(flying[number]):
             ended.append(number)
             continue
         trial = flying[number].trial
         try:
             _report(trial, score, step)
-        except UpdateFinishedTrialError:
+        except _finished():
             ended.append(number)
             continue
         if trial.should_prune():
@@ -195,8 +203,26 @@ def _taken(
         # Taken over by its number in the storage; what it had been suggested stays, and the rest is suggested now.
         each = optuna.trial.Trial(study, left[k]._trial_id) if k < len(left) else study.ask()
         each.set_user_attr(_LEASE, [owner, time.time() + lease])
+        # Suggesting may take long, and the lease is to be prolonged meanwhile.
+        flying[each.number] = Asked(each, {})
         flying[each.number] = asked[each.number] = Asked(each, suggest(each, space))
     return asked
+
+
+def _as_stored(asked: Asked) -> bool:
+    """Whether what was trained is what the storage has.
+
+    It is not where a process is held up for longer than a lease while it suggests, between one parameter and the next: then
+    another takes the trial over and suggests the rest as well.
+    """
+    return asked.trial.storage.get_trial(asked.trial._trial_id).params == asked.trial.params
+
+
+def _finished() -> type[Exception]:
+    """What Optuna raises where another process has finished a trial."""
+    from optuna.exceptions import UpdateFinishedTrialError
+
+    return UpdateFinishedTrialError
 
 
 def _left(trial: "optuna.trial.FrozenTrial", owner: str, lease: float) -> bool:
@@ -225,14 +251,12 @@ def _runs(process: int) -> bool:
 @contextmanager
 def _held(study: "optuna.Study", flying: dict[int, Asked], owner: str, lease: float) -> Iterator[None]:
     """Prolongs the leases of the trials that are trained, from a thread of its own; after an error it gives them up."""
-    from optuna.exceptions import UpdateFinishedTrialError
-
     over = threading.Event()
 
     def until(when: float) -> None:
         for each in tuple(flying.values()):
             # One that another process has taken over may be finished.
-            with suppress(UpdateFinishedTrialError):
+            with suppress(_finished()):
                 each.trial.set_user_attr(_LEASE, [owner, when])
 
     def prolong() -> None:
@@ -258,7 +282,6 @@ def _held(study: "optuna.Study", flying: dict[int, Asked], owner: str, lease: fl
 def _finish(study: "optuna.Study", asked: Asked, found: Result | Lost, row: int, pruned: bool) -> None:
     """Tells the study of a trial, unless another process, which had taken it over, was faster."""
     import optuna
-    from optuna.exceptions import UpdateFinishedTrialError
 
     try:
         if isinstance(found, Lost):
@@ -272,6 +295,6 @@ def _finish(study: "optuna.Study", asked: Asked, found: Result | Lost, row: int,
         for step, score in zip(found.evaluated[:-1], curve[:-1], strict=True):
             _report(asked.trial, float(score), step)
         tell(study, asked.trial, curve[-1])
-    except (UpdateFinishedTrialError, ValueError):
+    except (_finished(), ValueError):
         if not study.get_trials(deepcopy=False)[asked.trial.number].state.is_finished():
             raise

@@ -1,6 +1,7 @@
 """Populations: every engine against a plain loop, groups of shapes, memory, halving, population based training, bad input."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,12 @@ from jaxopt_lab.search.engines import looped, scanned, vmapped
 from jaxopt_lab.search.evolution import evolve, perturb
 from jaxopt_lab.search.grouping import group
 from jaxopt_lab.search.halving import halving_rungs, hyperband, successive_halving
-from jaxopt_lab.search.population import Crew, population
+from jaxopt_lab.search.population import Crew, Members, Record, population
 from jaxopt_lab.search.spaces import choice, integer, log_uniform, uniform
 from jaxopt_lab.search.trial import Trial
+
+# The package has a function of that name.
+POPULATION = importlib.import_module("jaxopt_lab.search.population")
 
 KEY = jax.random.key(7)
 STEPS = 12
@@ -267,13 +271,44 @@ def test_the_states_of_a_turn_are_gone_before_those_of_the_next_are_there():
     trial = Trial(lambda key, c: jnp.full(1789, c["rate"]), lambda state, batch, c: (state + 1, {}), jnp.sum)
     configs = [{"rate": 0.1 * k} for k in range(6)]
     start = Crew(trial, configs, KEY, lambda step: {}, 2, engine=scanned()).starts[0]
-    room = 2 * start.member_bytes + start.working_bytes(scanned())
+    room = 2 * start.member_bytes + max(start.working_bytes(scanned()), 2 * start.moved_bytes)
     options = {"key": KEY, "batches": watching, "steps": 2, "engine": scanned(), "keep": 0}
     found = population(trial, configs, **options, memory=room)
     np.testing.assert_allclose(found.scores, [1789 * (0.1 * k + 2) for k in range(6)], rtol=1e-5)
     # Once to find the shapes, and then two steps of each turn.
     assert max(seen) == 2
     assert len(seen) >= 7
+
+
+def test_who_goes_on_is_gathered_in_portions_and_what_it_was_gathered_from_goes(monkeypatch):
+    size, members = 1 << 12, 8
+    trial = Trial(
+        lambda key, c: {f"{k}": jnp.full(size, c["rate"] + k) for k in range(8)},
+        lambda state, batch, c: (jax.tree.map(lambda x: x + 1, state), {}),
+        lambda state: state["0"][0],
+    )
+    configs = [{"rate": 0.5 * k} for k in range(members)]
+    crew = Crew(trial, configs, KEY, lambda step: {}, 2, engine=vmapped(4))
+    assert crew.starts[0].moved_bytes == 2 * 2 * 4 * size
+    own = Members(crew, Record(members), crew.everyone())
+    own.advance(1)
+    before, live, taken = sum(each.nbytes for each in jax.live_arrays()), [], POPULATION._taken
+
+    def watched(parts, rows):
+        found = jax.block_until_ready(taken(parts, rows))
+        live.append(sum(each.nbytes for each in jax.live_arrays()) - before)
+        return found
+
+    monkeypatch.setattr(POPULATION, "_taken", watched)
+    # All move on, from another's state each: never more than a portion is there twice.
+    own.select({index: (index + 3) % members for index in range(members)})
+    assert len(live) == 4 * 2
+    assert max(live) <= members * crew.starts[0].moved_bytes // 2 + 4096
+    own.hand_over(None, away=False)
+    states = own._record.states
+    for index in range(members):
+        for k in range(8):
+            np.testing.assert_array_equal(states[index]()[f"{k}"], 0.5 * ((index + 3) % members) + k + 1)
 
 
 def test_a_float_that_cannot_be_traced_is_named():

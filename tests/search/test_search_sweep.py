@@ -18,7 +18,7 @@ import pytest
 from jaxopt_lab.search.engines import scanned, vmapped
 from jaxopt_lab.search.population import population
 from jaxopt_lab.search.spaces import choice, log_uniform, uniform
-from jaxopt_lab.search.study import open_study, suggest
+from jaxopt_lab.search.study import open_study, suggest, to_distributions
 from jaxopt_lab.search.sweep import _LEASE, sweep
 from jaxopt_lab.search.trial import Trial
 
@@ -100,6 +100,25 @@ def test_a_result_is_not_told_twice():
     assert sweep(study, SPACE, TRIAL._replace(evaluate=stolen), trials=2, together=2, rungs=(3,), **RUN) == 2
     assert study.trials[0].value == 77.0
     assert study.trials[1].state.name == "COMPLETE"
+
+
+@pytest.mark.parametrize("prune", [False, True])
+def test_a_trial_that_another_process_took_over_while_it_was_suggested_is_told_of_what_is_stored(prune):
+    class HeldUp(optuna.samplers.RandomSampler):
+        def sample_independent(self, study, trial, name, distribution):
+            found = super().sample_independent(study, trial, name, distribution)
+            if trial.number == 1 and name == "sign":
+                # Another suggests a rate as well, and dies.
+                study._storage.set_trial_param(trial._trial_id, "rate", 0.123, to_distributions(SPACE)["rate"])
+            return found
+
+    study = open_study(SPACE, sampler=HeldUp(seed=0), pruner=optuna.pruners.NopPruner())
+    assert sweep(study, SPACE, TRIAL, trials=4, together=3, rungs=(2,), prune=prune, **RUN) == 4
+    assert study.trials[1].params["rate"] == 0.123
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 4
+    np.testing.assert_allclose([trial.value for trial in study.trials], values_by_hand(study), rtol=1e-5)
+    early = population(TRIAL, [suggest(optuna.trial.FixedTrial(t.params), SPACE) for t in study.trials], **{**RUN, "steps": 2})
+    np.testing.assert_allclose([t.intermediate_values[2] for t in study.trials], early.scores, rtol=1e-5)
 
 
 def test_leases_are_prolonged_while_trials_are_trained():
