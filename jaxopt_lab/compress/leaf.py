@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import quax
@@ -107,8 +108,13 @@ def checked(weight: Any, path: str) -> Array:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{path} has dtype {dtype}; only floating-point weights are compressed: leave it out of `where`")
     weight = jnp.asarray(weight)
-    finite = jnp.isfinite(weight).all()
+    finite = _finite(weight)
     # Under jit even what is computed of a constant may be traced.
     if not isinstance(finite, Tracer) and not bool(finite):
         raise ValueError(f"{path} of shape {weight.shape} holds NaN or infinite weights, which cannot be compressed")
     return weight
+
+
+@jax.jit
+def _finite(weight: Array) -> Array:
+    return jnp.isfinite(weight).all()

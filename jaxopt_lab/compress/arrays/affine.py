@@ -2,11 +2,16 @@
 
 A scale has the rank of its weights. Along an axis it has one side for all, one for each index, or one for each group of neighbours:
 its length divides the axis, and the groups follow one another.
+
+What is called on a weight of each shape is compiled as a whole: operation by operation, a network of twenty shapes would have
+hundreds of programs compiled.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -141,10 +146,9 @@ def choose_scale(w: Array, axis: Axes = -1, *, bits: int = 8, group: Group = Non
     Source: Jacob et al., "Quantization and training of neural networks for efficient integer-arithmetic-only inference", 2018;
     one bit: Rastegari et al., "XNOR-Net", 2016.
     """
-    size = jnp.abs(_wide(w))
     if bits == 1 and largest is None:
-        return _reduced(jnp.mean, size, axis, group)
-    return _usable(_reduced(jnp.max, size, axis, group) / (code_range(bits)[1] if largest is None else largest))
+        return _reduced(jnp.mean, jnp.abs(_wide(w)), axis, group)
+    return _symmetric(w, code_range(bits)[1] if largest is None else largest, axis, group)
 
 
 def choose_scale_and_zero(w: Array, axis: Axes = -1, *, bits: int = 8, group: Group = None) -> tuple[Array, Array]:
@@ -217,6 +221,7 @@ def mse_scale_and_zero(
     return _least_error(w, lambda factor: _scale_and_zero(low * factor, high * factor, bits), bits, steps, least)
 
 
+@partial(jax.jit, static_argnames="bits")
 def to_codes(w: Array, scale: Array, zero_point: Array | None = None, bits: int = 8) -> Array:
     r"""Rounds weights to codes: :math:`q = \mathrm{clip}(\mathrm{round}(w / s) + z)`, half to even.
 
@@ -326,13 +331,24 @@ def _reduced(reduce: Callable[..., Array], values: Array, axis: Axes, group: Gro
     return found if len(cut) == values.ndim else found.reshape(sides)
 
 
+# What they divide by is an argument: of a constant XLA would multiply by the inverse, which rounds otherwise.
+@partial(jax.jit, static_argnames=("axis", "group"))
+def _symmetric(w: Array, largest: ArrayLike, axis: Axes, group: Group) -> Array:
+    return _usable(_reduced(jnp.max, jnp.abs(_wide(w)), axis, group) / largest)
+
+
+@partial(jax.jit, static_argnames=("axis", "group"))
 def _ends(w: Array, axis: Axes, group: Group) -> tuple[Array, Array]:
     wide = _wide(w)
     return jnp.minimum(_reduced(jnp.min, wide, axis, group), 0), jnp.maximum(_reduced(jnp.max, wide, axis, group), 0)
 
 
 def _scale_and_zero(low: Array, high: Array, bits: int) -> tuple[Array, Array]:
-    least, largest = code_range(bits, symmetric=False)
+    return _asymmetric(low, high, *code_range(bits, symmetric=False))
+
+
+@jax.jit
+def _asymmetric(low: Array, high: Array, least: int, largest: int) -> tuple[Array, Array]:
     # Divided before they are subtracted: the span of two large floats may overflow.
     scale = _usable(high / (largest - least) - low / (largest - least))
     return scale, jnp.clip(jnp.round(least - low / scale), least, largest).astype(jnp.int8)

@@ -1,8 +1,10 @@
 """Factors of bare arrays: truncated singular values, also weighted by what comes in, Tucker-2, and rules that choose a rank."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -270,11 +272,13 @@ def _chosen(rank: Rank, s: Array, shape: Sequence[int]) -> int:
     return rank
 
 
+@partial(jax.jit, static_argnames="rank")
 def _balanced(u: Array, s: Array, vt: Array, rank: int) -> tuple[Array, Array]:
     root = jnp.sqrt(s[..., None, :rank])
     return u[..., :rank] * root, jnp.swapaxes(root, -1, -2) * vt[..., :rank, :]
 
 
+@jax.jit
 def _root(moment: Array) -> Array:
     r"""A root of a second moment, :math:`R^\top R = H + \epsilon`, whose floor is at the size of rounding errors."""
     values, vectors = jnp.linalg.eigh(moment)

@@ -6,6 +6,8 @@ A length :math:`n = 2^k m` with odd :math:`m` is transformed by the Kronecker pr
 :math:`\sqrt{2 / n}`.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,7 @@ _LARGEST = 6
 """Binary logarithm of the largest factor that is done as one product: large enough for matrix units, small beside a weight."""
 
 
+@partial(jax.jit, static_argnames="axis")
 def transform(x: Array, axis: int = -1) -> Array:
     r"""The orthonormal Walsh-Hadamard transform along an axis; for lengths :math:`2^k m` see the module. It is its own inverse.
 

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -52,6 +54,7 @@ class Packed(eqx.Module):
         return 8 // min(_planes(self.bits))
 
 
+@partial(jax.jit, static_argnames=("bits", "axis"))
 def pack(codes: Array, bits: int, axis: int = -1) -> Packed:
     r"""Packs codes in :math:`[0, 2^b)` along an axis.
 
