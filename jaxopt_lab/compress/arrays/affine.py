@@ -250,6 +250,7 @@ def to_codes(w: Array, scale: Array, zero_point: Array | None = None, bits: int 
     return jnp.clip(steps, low, high).astype(jnp.int8)
 
 
+@partial(jax.jit, static_argnames="dtype")
 def levels(codes: Array, zero_point: Array | None, dtype: Any) -> Array:
     """The integers :math:`q - z` in a floating-point dtype; they lie in [-255, 255], which even bfloat16 holds exactly.
 

@@ -100,6 +100,7 @@ def packing_axis(shape: Sequence[int], bits: int) -> int:
     return -1 if len(shape) < 2 or nbytes(-1) < nbytes(-2) else -2
 
 
+@jax.jit
 def unpack(packed: Packed) -> Array:
     """The codes again, uint8.
 
