@@ -71,7 +71,17 @@ DEEPER = {
 
 
 # Each of these is a network of another row, with more or fewer of its blocks.
-AGAIN = ("resnet_152", "densenet_169", "se_resnet_50", "se_resnet_101", "mixer_b_32", "mixer_l_16", "gpt2_medium", "gpt2_large")
+AGAIN = (
+    "resnet_152",
+    "densenet_169",
+    "googlenet",
+    "se_resnet_50",
+    "se_resnet_101",
+    "mixer_b_32",
+    "mixer_l_16",
+    "gpt2_medium",
+    "gpt2_large",
+)
 
 
 def rows(table):
@@ -427,7 +437,9 @@ def test_bert_without_segments_and_where_all_is_padding():
 
 
 # What trains and is typed like another of these.
-ALIKE = [pytest.param(name, marks=pytest.mark.slow if name in ("squeeze", "vgg_bn") else ()) for name in KINDS]
+ALIKE = [
+    pytest.param(name, marks=pytest.mark.slow if name in ("squeeze", "vgg_bn", "densenet", "mobilenet") else ()) for name in KINDS
+]
 
 
 @pytest.mark.parametrize("name", ALIKE)

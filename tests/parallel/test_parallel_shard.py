@@ -51,7 +51,13 @@ def alone(request):
 
 
 # What these show, others show as well.
-AGAIN = [("mlp_dropout", "replicated"), ("nnx", "tensor"), ("functions", "replicated")]
+AGAIN = [
+    ("mlp_dropout", "replicated"),
+    ("mlp_dropout", "tensor"),
+    ("nnx", "replicated"),
+    ("nnx", "tensor"),
+    ("functions", "replicated"),
+]
 CASES = [
     pytest.param(name, way, marks=[pytest.mark.slow] if (name, way) in AGAIN else [])
     for name in MODELS

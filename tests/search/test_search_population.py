@@ -98,7 +98,10 @@ ENGINES = {
 }
 
 
-@pytest.mark.parametrize("name", ENGINES)
+# Those of several devices differ from those of one alike.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "scanned on two devices" else []) for name in ENGINES]
+)
 def test_every_engine_trains_as_a_plain_loop(name):
     engine, devices = ENGINES[name]
     result = population(
