@@ -3,7 +3,7 @@
 `population` and `sweep` hand their configurations to such an engine in chunks, and are told of each when it is over, in any order.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -12,7 +12,7 @@ from jaxopt_lab.search.trial import Result, Trial
 __all__ = ["Elsewhere", "Hands", "Lost", "Prune", "relabelled"]
 
 # Asked after a rung with the scores of some that are trained together, which of them to train no further.
-Prune = Callable[[int, Mapping[int, float]], Sequence[int]]
+Prune = Callable[[int, Mapping[int, float]], Collection[int]]
 
 
 class Lost(NamedTuple):

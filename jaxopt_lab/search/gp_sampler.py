@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import threading
 import warnings
 import zlib
@@ -27,7 +28,19 @@ _SUGGESTED = "jaxopt_lab:gp"
 _LONGEST = 2045
 # Threads of a process ask in turn, each with what the one before it was given among the trials that run.
 _TURN = threading.Lock()
+# How often a process asks anew that finds its point given to another one meanwhile.
+_TIMES = 8
 _RUNNING = (TrialState.RUNNING, TrialState.WAITING)
+
+
+def _release() -> None:
+    """A child that is forked while a thread has its turn has no such thread to end it."""
+    global _TURN  # noqa: PLW0603
+    _TURN = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_release)
 
 
 class GPSampler(BaseSampler):
@@ -110,12 +123,13 @@ class GPSampler(BaseSampler):
         if not search_space:
             return {}
         with _TURN:
-            while True:
+            for _ in range(_TIMES):
                 known = self._known(study, trial, search_space)
                 values = self._suggestion(trial.number, search_space, known)
                 _record(study, trial, {name: search_space[name].to_internal_repr(value) for name, value in values.items()})
                 if known is None or not _taken(study, trial, search_space, known, values):
-                    return values
+                    break
+            return values
 
     def _suggestion(self, number: int, search_space: dict[str, BaseDistribution], known: Known | None) -> dict[str, Any]:
         space = _space(search_space)
@@ -286,8 +300,12 @@ def _params(trial: FrozenTrial, space: dict[str, BaseDistribution]) -> dict[str,
     parts = []
     while (part := trial.system_attrs.get(f"{_SUGGESTED}:{len(parts)}")) is not None:
         parts.append(part)
-    # What was written over may have had more parts: only the first object counts.
-    suggested = json.JSONDecoder().raw_decode("".join(parts))[0] if parts else {}
+    try:
+        # What was written over may have had more parts: only the first object counts.
+        suggested = json.JSONDecoder().raw_decode("".join(parts))[0] if parts else {}
+    except json.JSONDecodeError:
+        # It is being written.
+        suggested = {}
     # A range may have changed since: what it no longer has cannot be placed.
     known = {name: space[name].to_external_repr(value) for name, value in suggested.items() if name in space}
     fixed = trial.system_attrs.get("fixed_params", {})

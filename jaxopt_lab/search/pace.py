@@ -39,7 +39,8 @@ class Start:
       state: the shapes and types of one member's state.
       member_bytes: what one member takes while others are run.
       shared_bytes: what `shared` takes on each device.
-      moved_bytes: what one member takes besides while those that go on are gathered: some of its arrays before, and after.
+      moved_bytes: what one member takes besides while those that go on are gathered: some of its arrays before, and after; 0 where
+        all go on as they are.
     """
 
     def __init__(
@@ -52,6 +53,8 @@ class Start:
         steps: int,
         devices: tuple[Any, ...],
         shared: PyTree = None,
+        *,
+        moves: bool = False,
     ):
         self.group, self.key, self.numbers, self.devices, self.shared = group, key, numbers, devices, shared
         self.block, self.length, self.steps = block, length, steps
@@ -60,7 +63,7 @@ class Start:
         self.state, self.metrics = shapes(group.member, key, self._batch, self._traced, shared)
         self.member_bytes = _nbytes((self.state, self.metrics, self._traced))
         self.shared_bytes = _nbytes(shared)
-        leaves = jax.tree.leaves(self.state)
+        leaves = jax.tree.leaves(self.state) if moves else []
         self.moved_bytes = 2 * max((_nbytes([leaves[k] for k in some]) for some in portions(leaves)), default=0)
 
     @property
@@ -203,7 +206,8 @@ def _fitting(start: Start, engine: Engine, memory: int, *, evaluation: bool = Tr
         # Spread evenly over as many turns as it takes.
         width = len(start.parts(vmapped(width))[0]) // len(start.devices)
         tried = vmapped(width, compiled=engine.compiled)
-        besides = max(start.working_bytes(tried, evaluation=evaluation), width * start.moved_bytes)
+        # Those of all devices may be gathered on each.
+        besides = max(start.working_bytes(tried, evaluation=evaluation), width * len(start.devices) * start.moved_bytes)
         taken = start.shared_bytes + width * start.member_bytes + besides
         if taken <= memory:
             return tried

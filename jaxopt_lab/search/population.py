@@ -62,9 +62,10 @@ def population(
       keep: how many of the best states to return; None for all.
       maximize: whether the best score is the largest.
       numbers: n integers to fold into the key instead of 0 ... n - 1.
-      memory: how many bytes on each device may be taken at once: by the states that are there, by `shared`, and by what a step or
-        an evaluation needs besides, whichever needs more. By default four fifths of an accelerator's own, and 2 GiB on a CPU. What
-        does not fit is run in turns, their states in the host's memory when their turn is over, or narrower (`vmapped()`).
+      memory: how many bytes on each device may be taken at once: by the states that are there, by `shared`, and by what a step, an
+        evaluation or the gathering of those that go on needs besides, whichever needs most. By default four fifths of an
+        accelerator's own, and 2 GiB on a CPU. What does not fit is run in turns, their states in the host's memory when their turn
+        is over, or narrower (`vmapped()`).
       devices: over which members are spread; the default device alone if None.
       static: paths of numbers that are part of the program even where they could be traced.
       shared: a tree of arrays that all configurations share, such as a data set or a teacher's parameters. Each function of the
@@ -111,7 +112,7 @@ def population(
         run = {"key": key, "batches": batches, "steps": steps, "rungs": rungs, "keep": keep, "maximize": maximize, **options}
         return engine.population(trial, configs, run, prune)
     decided = {"function": "population", "rungs": [*map(int, marks[:-1])], "prune": prune is not None}
-    crew = Crew(trial, configs, key, batches, steps, save=save, decided=decided, **options)
+    crew = Crew(trial, configs, key, batches, steps, save=save, decided=decided, moves=prune is not None, **options)
     record = Record(len(crew.configs))
     turns, order = crew.turns(), []
     for number, turn in enumerate(turns):
@@ -169,8 +170,9 @@ class Crew:
         shared: PyTree = None,
         save: str | Path | None = None,
         decided: Mapping[str, Any] | None = None,
+        moves: bool = True,
     ):
-        # `decided` is what of the call besides decides what it comes to, by name.
+        # `decided` is what of the call besides decides what it comes to, by name; `moves` whether any are ever selected.
         check_trial(trial)
         check_typed_key(key)
         check_shared(trial, shared)
@@ -192,7 +194,7 @@ class Crew:
         if own.shape != (len(configs),):
             raise ValueError(f"numbers must be one for each of {len(configs)} configurations; their shape is {own.shape}")
         groups = group(trial, configs, key, first, static=static, shared=self.shared)
-        self.starts = [Start(each, key, own, stacked, self.length, steps, devices, self.shared) for each in groups]
+        self.starts = [Start(each, key, own, stacked, self.length, steps, devices, self.shared, moves=moves) for each in groups]
 
         def choose() -> tuple[list[Engine], list[int]]:
             engines = [chosen(start, engine, self.memory) for start in self.starts]
@@ -217,7 +219,8 @@ class Crew:
         turns, taken, working, moved = [], 0, 0, {}
         for number, rows in self.everyone():
             start, needed = self.starts[number], self._working[number]
-            own, moving = (each * len(rows) // len(start.devices) for each in (start.member_bytes, start.moved_bytes))
+            # Those of all devices may be gathered on each.
+            own, moving = start.member_bytes * len(rows) // len(start.devices), start.moved_bytes * len(rows)
             most = max(working, needed, moved.get(number, 0) + moving)
             if not turns or start.shared_bytes + taken + own + most > self.memory:
                 turns.append([])

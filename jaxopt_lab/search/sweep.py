@@ -76,7 +76,7 @@ def sweep(
       lease: for how many seconds a trial belongs to the process that asked for it, counted anew while it is trained.
       prune: whether the study's pruner is asked at each rung which trials to give up, of all that the storage knows: with
         `optuna.pruners.SuccessiveHalvingPruner` that is ASHA. What goes on moves together, on the device; on a cluster each actor
-        asks here when its trials come to a rung, and waits for no other.
+        asks this process when its trials come to a rung, and waits for no other actor.
       options: engine, memory, devices, static, shared, as for `population`; `engine=ray(...)` asks for `together` trials an actor.
 
     Returns:
@@ -126,10 +126,8 @@ def sweep(
                         _finish(study, each, found, row, number in pruned)
                         ran += 1
                         continue
-                    # To be trained as it is stored, by whoever comes by.
                     pruned.discard(number)
-                    with suppress(_finished()):
-                        each.trial.set_user_attr(_LEASE, [owner, 0.0])
+                    _give_back(each, owner)
 
 
 class _Here:
@@ -215,7 +213,19 @@ def _as_stored(asked: Asked) -> bool:
     It is not where a process is held up for longer than a lease while it suggests, between one parameter and the next: then
     another takes the trial over and suggests the rest as well.
     """
-    return asked.trial.storage.get_trial(asked.trial._trial_id).params == asked.trial.params
+    stored = asked.trial.storage.get_trial(asked.trial._trial_id)
+    if stored.params.keys() != asked.trial.params.keys():
+        return False
+    # As a storage holds them: a database rounds, and a choice that is not a number equals nothing.
+    pairs = ((each, stored.params[name], asked.trial.params[name]) for name, each in stored.distributions.items())
+    return all(each.to_internal_repr(one) == each.to_internal_repr(other) for each, one, other in pairs)
+
+
+def _give_back(asked: Asked, owner: str) -> None:
+    """To be trained as it is stored, by whoever comes by; unless somebody does already."""
+    with suppress(_finished()):
+        if asked.trial.storage.get_trial(asked.trial._trial_id).user_attrs[_LEASE][0] == owner:
+            asked.trial.set_user_attr(_LEASE, [owner, 0.0])
 
 
 def _finished() -> type[Exception]:

@@ -74,7 +74,6 @@ DEEPER = {
 AGAIN = (
     "resnet_152",
     "densenet_169",
-    "googlenet",
     "se_resnet_50",
     "se_resnet_101",
     "mixer_b_32",

@@ -274,13 +274,28 @@ def test_the_states_of_a_turn_are_gone_before_those_of_the_next_are_there():
     trial = Trial(lambda key, c: jnp.full(1789, c["rate"]), lambda state, batch, c: (state + 1, {}), jnp.sum)
     configs = [{"rate": 0.1 * k} for k in range(6)]
     start = Crew(trial, configs, KEY, lambda step: {}, 2, engine=scanned()).starts[0]
-    room = 2 * start.member_bytes + max(start.working_bytes(scanned()), 2 * start.moved_bytes)
+    room = 2 * start.member_bytes + start.working_bytes(scanned())
     options = {"key": KEY, "batches": watching, "steps": 2, "engine": scanned(), "keep": 0}
     found = population(trial, configs, **options, memory=room)
     np.testing.assert_allclose(found.scores, [1789 * (0.1 * k + 2) for k in range(6)], rtol=1e-5)
     # Once to find the shapes, and then two steps of each turn.
     assert max(seen) == 2
     assert len(seen) >= 7
+
+
+def test_what_is_gathered_where_some_go_on_narrows_the_width_and_makes_turns_shorter():
+    trial = Trial(lambda key, c: jnp.full(1789, c["rate"]), lambda state, batch, c: (state + 1, {}), jnp.sum)
+    configs = [{"rate": 0.1 * k} for k in range(4)]
+    stays = Crew(trial, configs, KEY, lambda step: {}, 2, engine=vmapped(4), moves=False).starts[0]
+    # For eight of them, where nobody is selected.
+    room = 8 * stays.member_bytes + max(stays.working_bytes(each) for each in (vmapped(4), scanned()))
+    for moves, width, turns in ((False, 4, 1), (True, 2, 2)):
+        wide, single = (
+            Crew(trial, configs, KEY, lambda step: {}, 2, engine=each, memory=room, moves=moves) for each in (vmapped(), scanned())
+        )
+        assert wide.starts[0].moved_bytes == (2 * 4 * 1789 if moves else 0)
+        assert wide.engines[0].width == width
+        assert [len(crew.turns()) for crew in (wide, single)] == [turns, turns]
 
 
 def test_who_goes_on_is_gathered_in_portions_and_what_it_was_gathered_from_goes(monkeypatch):

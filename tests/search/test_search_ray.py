@@ -657,6 +657,9 @@ def test_a_population_on_a_cluster_is_pruned_as_one_here(engine_on):
     found = population(TRIAL, drawn(), engine=engine_on(MadeUp([2])), **run)
     assert 0 < np.isnan(whole.curves[:, -1]).sum() < 11
     np.testing.assert_allclose(found.curves, whole.curves, rtol=1e-6)
+    # Who was pruned has the score that it was pruned for.
+    assert np.isfinite(whole.scores).all()
+    np.testing.assert_allclose(found.scores, whole.scores, rtol=1e-6)
     assert found.best == whole.best
     # What was given up is none of the best, though it may have scored better when it was.
     late = population(TRIAL, drawn(), engine=engine_on(MadeUp([2])), **{**run, "prune": lambda step, scores: [whole.best]})
@@ -699,6 +702,31 @@ def test_a_desk_that_dies_is_replaced(engine_on):
     with engine_on(there) as engine:
         assert pruned(engine, Thirds()) == BY_THIRDS
     assert len(there.desks) == 2
+    there = MadeUp([2])
+    opened_last = there.open
+
+    def never(desk):
+        handle = opened_last(desk)
+        handle.next = SimpleNamespace(remote=lambda: Ref(lambda: there.fail("no module named jaxopt_lab")))
+        return handle
+
+    there.open = never
+    with pytest.raises(
+        RuntimeError, match="3 desks in a row, where actors ask whom to prune, failed, the last since ActorDiedError: no"
+    ):
+        pruned(engine_on(there), Thirds())
+
+
+def test_who_waits_for_an_answer_is_not_late(engine_on):
+    class Slow(Thirds):
+        def prune(self, study, trial):
+            time.sleep(0.1)
+            return super().prune(study, trial)
+
+    # Four trials at two rungs, of which one is asked about once: 0.7 s a chunk, and as much for that of the other actor.
+    with engine_on(MadeUp([2]), timeout=1.2) as engine:
+        assert pruned(engine, Slow()) == BY_THIRDS
+        assert engine.deaths == 0
 
 
 def test_an_error_of_the_pruner_is_raised_here(engine_on):

@@ -3,7 +3,7 @@
 A scale has the rank of its weights. Along an axis it has one side for all, one for each index, or one for each group of neighbours:
 its length divides the axis, and the groups follow one another.
 
-What is called on a weight of each shape is compiled as a whole: operation by operation, a network of twenty shapes would have
+Choosing scales and rounding are compiled as a whole for each shape: operation by operation, a network of twenty shapes would have
 hundreds of programs compiled.
 """
 
@@ -148,7 +148,7 @@ def choose_scale(w: Array, axis: Axes = -1, *, bits: int = 8, group: Group = Non
     """
     if bits == 1 and largest is None:
         return _reduced(jnp.mean, jnp.abs(_wide(w)), axis, group)
-    return _symmetric(w, code_range(bits)[1] if largest is None else largest, axis, group)
+    return _symmetric(w, code_range(bits)[1] if largest is None else largest, axis, group and tuple(group))
 
 
 def choose_scale_and_zero(w: Array, axis: Axes = -1, *, bits: int = 8, group: Group = None) -> tuple[Array, Array]:
@@ -170,7 +170,7 @@ def choose_scale_and_zero(w: Array, axis: Axes = -1, *, bits: int = 8, group: Gr
 
     Source: Jacob et al., "Quantization and training of neural networks for efficient integer-arithmetic-only inference", 2018.
     """
-    return _scale_and_zero(*_ends(w, axis, group), bits)
+    return _scale_and_zero(*_ends(w, axis, group and tuple(group)), bits)
 
 
 def mse_scale(w: Array, axis: Axes = -1, *, bits: int = 8, group: Group = None, steps: int = 80, least: float = 0.2) -> Array:
@@ -217,7 +217,7 @@ def mse_scale_and_zero(
     >>> to_codes(jnp.array([0.0, 1.0, 2.0, 3.2]), scale, zero_point, bits=2)
     Array([-2, -1,  0,  1], dtype=int8)
     """
-    low, high = _ends(w, axis, group)
+    low, high = _ends(w, axis, group and tuple(group))
     return _least_error(w, lambda factor: _scale_and_zero(low * factor, high * factor, bits), bits, steps, least)
 
 

@@ -1,5 +1,6 @@
 """Factors of bare arrays: truncated singular values, also weighted by what comes in, Tucker-2, and rules that choose a rank."""
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -269,7 +270,7 @@ def _chosen(rank: Rank, s: Array, shape: Sequence[int]) -> int:
         rank = max(1, *(rank(each, (shape[-2], shape[-1])) for each in np.asarray(s).reshape(-1, s.shape[-1])))
     if not 1 <= rank <= s.shape[-1]:
         raise ValueError(f"rank={rank} does not fit a matrix {tuple(shape[-2:])}: give 1 to {s.shape[-1]}")
-    return rank
+    return operator.index(rank)
 
 
 @partial(jax.jit, static_argnames="rank")

@@ -149,7 +149,8 @@ def ray(
       init: options of `ray.init`, such as `{"num_cpus": 8, "object_store_memory": 10**9}` of a private cluster.
       patience: how many actors a chunk may cost before it is tried in halves and, one alone, given up; and how many may fail to
         start in a row.
-      timeout: for how many seconds an actor may be at a chunk, compilation included, before it is taken for dead.
+      timeout: for how many seconds an actor may be at a chunk, compilation included, before it is taken for dead; where it asks at
+        rungs whom to prune, from one answer to the next.
       start: for how many seconds to wait for a first actor.
 
     Raises:

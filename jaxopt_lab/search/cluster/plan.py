@@ -203,7 +203,10 @@ def gathered(
             continue
         indices = np.array(labels)
         for k, mark in enumerate(found.evaluated):
-            record.write(mark, indices, found.curves[:, k], {name: value[:, k] for name, value in found.metrics.items()})
+            # Who was pruned before has a score all the same, and none here; who diverged has none.
+            there = ~np.isnan(found.curves[:, k]) | np.isnan(found.scores)
+            metrics = {name: value[there, k] for name, value in found.metrics.items()}
+            record.write(mark, indices[there], found.curves[there, k], metrics)
         states = zip(labels, found.states, strict=True)
         record.states |= {label: partial(jax.device_put, state) for label, state in states if state is not None}
         engines += found.engines

@@ -108,9 +108,12 @@ class Desk:
         self._questions.put_nowait((number, step, scores))
         return await answer
 
-    async def next(self) -> tuple[int, int, dict[int, float]]:
-        """The next question, with its number, once there is one."""
-        return await self._questions.get()
+    async def next(self) -> list[tuple[int, int, dict[int, float]]]:
+        """The questions that wait, with their numbers, once there is one."""
+        found = [await self._questions.get()]
+        while not self._questions.empty():
+            found.append(self._questions.get_nowait())
+        return found
 
     async def answer(self, number: int, labels: list[int]) -> None:
         """The driver's answer; whoever asked may be dead."""
@@ -209,7 +212,7 @@ class Pool:
         self._desk: tuple[Any, Any] | None = None
         self._nodes: list[Mapping[str, Any]] = []
         self._looked = self._worked = -math.inf
-        self._in_vain, self._marks, self.deaths = 0, 0, 0
+        self._in_vain, self._desks_in_vain, self._marks, self.deaths = 0, 0, 0, 0
 
     @property
     def workers(self) -> list[tuple[str, int]]:
@@ -365,9 +368,10 @@ class Pool:
         ready, _ = self._ray.wait(refs, num_returns=1, timeout=_LOOK)
         if ready:
             ready, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0)
-        told = [outcome for ref in ready if ref in awaited for outcome in self._heard(awaited[ref])]
+        # First the questions: who waits for an answer trains nothing.
         if self._desk is not None and self._desk[1] in ready:
             self._attend()
+        told = [outcome for ref in ready if ref in awaited for outcome in self._heard(awaited[ref])]
         for actor in [actor for actor in self._actors if self._is_late(actor)]:
             told += self._died(actor, f"it took longer than {self._terms.timeout} s")
         return told
@@ -376,24 +380,39 @@ class Pool:
         """On this node, so that it lives as long as the driver does."""
         here = self._ray.get_runtime_context().get_node_id()
         beside = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=True)
-        desk = self._ray.remote(num_cpus=0, max_concurrency=_AT_THE_DESK, scheduling_strategy=beside)(Desk).remote()
+        options = {"num_cpus": 0, "max_concurrency": _AT_THE_DESK, "scheduling_strategy": beside}
+        desk = self._ray.remote(**options, runtime_env=dict(self._terms.runtime_env))(Desk).remote()
         self._desk = desk, desk.next.remote()
 
     def _close_desk(self) -> None:
         desk, self._desk = self._desk, None
-        with suppress(Exception):
-            self._ray.kill(desk[0], no_restart=True)
+        if desk is not None:
+            with suppress(Exception):
+                self._ray.kill(desk[0], no_restart=True)
 
     def _attend(self) -> None:
-        """Answers the question that has come."""
-        desk, question = self._desk
+        """Answers the questions that have come."""
+        desk, questions = self._desk
+        faults = self._ray.exceptions
         try:
-            number, step, scores = self._ray.get(question)
-        except self._ray.exceptions.RayError:
+            asked = self._ray.get(questions)
+        except (faults.RayError, faults.RayTaskError) as error:
             # Who waits there is told of it, and counts as dead; the next chunks are given another one.
             self._close_desk()
+            self._desks_in_vain += 1
+            if self._desks_in_vain >= _IN_VAIN:
+                why = _brief(f"{type(error).__name__}: {error}")
+                raise RuntimeError(
+                    f"{_IN_VAIN} desks in a row, where actors ask whom to prune, failed, the last since {why}"
+                ) from error
             return
-        desk.answer.remote(number, list(self._prune(step, scores)))
+        self._desks_in_vain = 0
+        for number, step, scores in asked:
+            desk.answer.remote(number, list(self._prune(step, scores)))
+            # Its time is counted from here on.
+            for actor in self._actors:
+                if actor.chunk is not None and any(row.label in scores for row in actor.chunk.rows):
+                    actor.since = time.monotonic()
         self._desk = desk, desk.next.remote()
 
     def _is_late(self, actor: _Actor) -> bool:
