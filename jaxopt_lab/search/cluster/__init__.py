@@ -2,5 +2,6 @@
 
 plan      who gets what, what becomes of a chunk whose actor died, how results come together: pure functions
 pool      the actors: hired, replaced, dismissed
+desk      what actors ask the driver while they train: whom to prune
 engine    `ray(...)`, which hands to a pool what `population` and `sweep` would train here
 """

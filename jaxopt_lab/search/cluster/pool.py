@@ -1,14 +1,11 @@
 """Actors of a Ray cluster that train chunks of a population: hired while there is room, given work, replaced when they die.
 
-Where their chunks may be pruned they ask at each rung. A call goes from the driver to an actor alone, so one more actor, the
-`Desk`, takes questions in and answers out; the driver sees to it while it waits.
-
 Ray places them, carries functions and arrays to them, and says when one is gone. What is tried again, how often and by whom is
-decided in `plan`. An actor keeps what it compiled for as long as it lives. Nothing is trained twice at a time: an actor that
-does not answer any more is killed before its chunk goes to another.
+decided in `plan`. Where chunks may be pruned, actors ask at each rung, at a desk that the driver sees to while it waits. An actor
+keeps what it compiled for as long as it lives. Nothing is trained twice at a time: an actor that does not answer any more is killed
+before its chunk goes to another.
 """
 
-import asyncio
 import math
 import os
 import time
@@ -24,12 +21,13 @@ import jax
 import numpy as np
 
 from jaxopt_lab.core.types import PyTree
+from jaxopt_lab.search.cluster.desk import Desk
 from jaxopt_lab.search.cluster.plan import Chunk, Row, after_death, environment, fitting, likeness, matched
 from jaxopt_lab.search.elsewhere import Lost, Prune, relabelled
 from jaxopt_lab.search.population import population
 from jaxopt_lab.search.trial import Result, Trial
 
-__all__ = ["Desk", "Pool", "Terms", "Worker"]
+__all__ = ["Pool", "Terms", "Worker"]
 
 # What JAX computes depends on these: an actor takes them over from the driver.
 _SETTINGS = (
@@ -90,34 +88,6 @@ def import_ray() -> Any:
             'search.ray needs Ray, which is not installed: pip install "jaxopt_lab[ray]", or ray itself', name="ray"
         ) from error
     return ray
-
-
-class Desk:
-    """Where actors put their questions, and the driver finds them and leaves the answers."""
-
-    def __init__(self):
-        self._questions: asyncio.Queue[tuple[int, int, dict[int, float]]] = asyncio.Queue()
-        self._answers: dict[int, asyncio.Future[list[int]]] = {}
-        self._asked = 0
-
-    async def ask(self, step: int, scores: dict[int, float]) -> list[int]:
-        """An actor's question, whom of these to train no further after a step; it waits for the answer."""
-        self._asked += 1
-        number, answer = self._asked, asyncio.get_running_loop().create_future()
-        self._answers[number] = answer
-        self._questions.put_nowait((number, step, scores))
-        return await answer
-
-    async def next(self) -> list[tuple[int, int, dict[int, float]]]:
-        """The questions that wait, with their numbers, once there is one."""
-        found = [await self._questions.get()]
-        while not self._questions.empty():
-            found.append(self._questions.get_nowait())
-        return found
-
-    async def answer(self, number: int, labels: list[int]) -> None:
-        """The driver's answer; whoever asked may be dead."""
-        self._answers.pop(number).set_result(labels)
 
 
 class Worker:
