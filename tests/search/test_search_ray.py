@@ -720,12 +720,14 @@ def test_a_desk_that_dies_is_replaced(engine_on):
 def test_who_waits_for_an_answer_is_not_late(engine_on):
     class Slow(Thirds):
         def prune(self, study, trial):
-            time.sleep(0.1)
+            time.sleep(0.2)
             return super().prune(study, trial)
 
-    # Four trials at two rungs, of which one is asked about once: 0.7 s a chunk, and as much for that of the other actor.
-    with engine_on(MadeUp([2]), timeout=1.2) as engine:
-        assert pruned(engine, Slow()) == BY_THIRDS
+    # Compiled beforehand, which takes its time.
+    assert pruned(engine_on(MadeUp([2])), Thirds(), trials=8) == BY_THIRDS[:8]
+    # Two chunks of four, at two rungs, a third of them at one alone: 2.6 s, of which nobody waits for an answer longer than 1.6.
+    with engine_on(MadeUp([2]), timeout=2.1) as engine:
+        assert pruned(engine, Slow(), trials=8) == BY_THIRDS[:8]
         assert engine.deaths == 0
 
 
