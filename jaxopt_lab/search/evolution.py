@@ -10,7 +10,8 @@ import numpy as np
 from jaxopt_lab.core import tree
 from jaxopt_lab.core.types import Array, PyTree
 from jaxopt_lab.search.grouping import Member
-from jaxopt_lab.search.population import Crew, Members, Record, ranked
+from jaxopt_lab.search.population import Crew, Members
+from jaxopt_lab.search.record import Record, ranked
 from jaxopt_lab.search.spaces import Dimension, Float, Integer, bare, dimensions
 from jaxopt_lab.search.trial import Result, Trial
 

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from jaxopt_lab.core.types import Array, PyTree
-from jaxopt_lab.search.population import Crew, Members, Record, check_rungs, ranked
+from jaxopt_lab.search.population import Crew, Members, check_rungs
+from jaxopt_lab.search.record import Record, ranked
 from jaxopt_lab.search.spaces import configs as drawn_configs
 from jaxopt_lab.search.spaces import sample
 from jaxopt_lab.search.trial import Result, Trial

@@ -15,7 +15,8 @@ from jaxopt_lab.search.engines import looped, scanned, vmapped
 from jaxopt_lab.search.evolution import evolve, perturb
 from jaxopt_lab.search.grouping import group
 from jaxopt_lab.search.halving import halving_rungs, hyperband, successive_halving
-from jaxopt_lab.search.population import Crew, Members, Record, population
+from jaxopt_lab.search.population import Crew, Members, population
+from jaxopt_lab.search.record import Record
 from jaxopt_lab.search.spaces import choice, integer, log_uniform, uniform
 from jaxopt_lab.search.trial import Trial
 

@@ -25,7 +25,7 @@ import optuna
 import pytest
 
 from jaxopt_lab.data import batches as stream
-from jaxopt_lab.search.cluster import pool
+from jaxopt_lab.search.cluster import pool, worker
 from jaxopt_lab.search.cluster.engine import Ray, ray
 from jaxopt_lab.search.cluster.plan import Chunk, Row, after_death, dealt, environment, fitting, gathered, likeness, matched
 from jaxopt_lab.search.cluster.pool import Terms
@@ -427,7 +427,8 @@ def engine_on(monkeypatch):
     """An engine on a Ray that is made up."""
 
     def make(made_up, **terms):
-        monkeypatch.setattr(pool, "import_ray", lambda: made_up)
+        for module in (pool, worker):
+            monkeypatch.setattr(module, "import_ray", lambda: made_up)
         monkeypatch.setattr(pool, "_LOOK", 0.01)
         given = {"least": 1, "most": None, "need": {"CPU": 1.0, "GPU": 0.0}, "memory": 0, "runtime_env": {}, "address": None}
         return Ray(Terms(**{**given, "init": {}, "patience": 2, "timeout": None, "start": 5.0, **terms}), vmapped(), None)

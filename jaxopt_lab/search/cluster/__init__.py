@@ -2,6 +2,7 @@
 
 plan      who gets what, what becomes of a chunk whose actor died, how results come together: pure functions
 pool      the actors: hired, replaced, dismissed
+worker    what runs in an actor
 desk      what actors ask the driver while they train: whom to prune
 engine    `ray(...)`, which hands to a pool what `population` and `sweep` would train here
 """

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from jaxopt_lab.search.cluster.plan import Row, dealt, fitting, gathered
-from jaxopt_lab.search.cluster.pool import Pool, Terms, import_ray
+from jaxopt_lab.search.cluster.pool import Pool, Terms
+from jaxopt_lab.search.cluster.worker import import_ray
 from jaxopt_lab.search.elsewhere import Elsewhere, Lost, Prune
 from jaxopt_lab.search.engines import Engine
 from jaxopt_lab.search.population import check_rungs

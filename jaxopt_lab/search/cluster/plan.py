@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxopt_lab.search.elsewhere import Lost
-from jaxopt_lab.search.population import Record, ranked
+from jaxopt_lab.search.record import Record, ranked
 from jaxopt_lab.search.trial import Result
 
 __all__ = ["Chunk", "Row", "after_death", "dealt", "environment", "fitting", "gathered", "likeness", "matched"]

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxopt_lab.core.types import Array, PyTree
 from jaxopt_lab.search.engines import Engine
-from jaxopt_lab.search.population import ranked
+from jaxopt_lab.search.record import ranked
 from jaxopt_lab.search.selection.folds import Fold, check_folds
 from jaxopt_lab.search.selection.held_out import Members, on_folds
 from jaxopt_lab.search.trial import Trial
