@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from jaxopt_lab.search.trial import Result, Trial
@@ -60,8 +61,10 @@ class Elsewhere:
         """
         raise NotImplementedError
 
-    def population(self, trial: Trial, configs: Sequence[Any], run: dict[str, Any], prune: Prune | None) -> Result:
-        """As `population(trial, configs, prune=prune, **run)`."""
+    def population(
+        self, trial: Trial, configs: Sequence[Any], run: dict[str, Any], prune: Prune | None, save: str | Path | None
+    ) -> Result:
+        """As `population(trial, configs, prune=prune, save=save, **run)`."""
         raise NotImplementedError
 
 

@@ -93,7 +93,7 @@ class Programs(NamedTuple):
       place: where arrays with the axis lie.
     """
 
-    init: Callable[..., PyTree]
+    init: "Measured"
     step: "Measured"
     advance: "Measured"
     evaluate: "Measured"
@@ -136,7 +136,7 @@ def programs(member: Member, engine: Engine, devices: tuple[jax.Device, ...]) ->
         return jax.shard_map(function, mesh=_mesh(devices), in_specs=specs, out_specs=PartitionSpec(_AXIS), check_vma=False)
 
     return Programs(
-        jax.jit(spread(init, None, 0, 0, None)),
+        Measured(jax.jit(spread(init, None, 0, 0, None))),
         Measured(jax.jit(spread(step, 0, 0, None, 0, None), donate_argnums=(0, 1))),
         Measured(jax.jit(spread(advance, 0, 0, None, None, 0, None), donate_argnums=(0, 1))),
         Measured(jax.jit(spread(evaluate, 0, 0, None))),

@@ -96,7 +96,7 @@ class Start:
         return jax.device_put(zeros, run.place)
 
     def working_bytes(self, engine: Engine, *, evaluation: bool = True) -> int:
-        """What a call takes on each device besides the members and what they share: that of a step, or of an evaluation.
+        """What a call takes on each device besides the members and what they share, of a beginning, a step or an evaluation.
 
         A compiled program says so before it runs; these are the ones that run.
         """
@@ -106,7 +106,11 @@ class Start:
             return jax.ShapeDtypeStruct((count, *jnp.shape(x)), jnp.result_type(x), sharding=run.place)
 
         states, sums, traced = jax.tree.map(together, (self.state, self.metrics, self._traced))
-        taken = [run.evaluate.working_bytes(states, traced, self.shared)] if evaluation else [0]
+        made = run.init.working_bytes(self.key, together(np.uint32(0)), traced, self.shared)
+        # What it makes are the members.
+        taken = [max(made - _nbytes(states) // len(self.devices), 0)]
+        if evaluation:
+            taken.append(run.evaluate.working_bytes(states, traced, self.shared))
         if self.steps and engine.compiled:
             needed = run.advance.working_bytes(states, sums, self.block, np.int32(0), traced, self.shared)
             taken.append(_nbytes(self.block) + needed)

@@ -77,8 +77,8 @@ def population(
         that are trained at the same time: of all, unless they are run in turns or elsewhere.
       save: a directory of this call's own in which its newest rung is kept. Killed, and made again, the call goes on from there, to
         the same bits where XLA compiles the same programs again (a CPU does; an accelerator measures which to take), and asks
-        `prune` of no rung that is kept. The functions, and `shared`, must be the same, which is not checked; all else is. One
-        process at a time.
+        `prune` of no rung that is kept. Of a population that is trained elsewhere (`ray`) those who are through are kept, and the
+        others begin anew. The functions, and `shared`, must be the same, which is not checked; all else is. One process at a time.
 
     Returns:
       A `Result`: scores `[n]`, states, curves and the best.
@@ -108,10 +108,8 @@ def population(
     options: dict[str, Any] = {"engine": engine, "numbers": numbers, "memory": memory, "devices": devices, "static": static}
     options["shared"] = shared
     if isinstance(engine, Elsewhere):
-        if save is not None:
-            raise ValueError(f"{engine} trains elsewhere, where save keeps nothing; leave it out, or run a sweep")
         run = {"key": key, "batches": batches, "steps": steps, "rungs": rungs, "keep": keep, "maximize": maximize, **options}
-        return engine.population(trial, configs, run, prune)
+        return engine.population(trial, configs, run, prune, save)
     decided = {"function": "population", "rungs": [*map(int, marks[:-1])], "prune": prune is not None}
     crew = Crew(trial, configs, key, batches, steps, save=save, decided=decided, moves=prune is not None, **options)
     record = Record(len(crew.configs))

@@ -2,6 +2,7 @@
 
     call.packed      what was asked for, and the engines and the memory that were chosen: another call is refused
     turn-K.packed    the members that memory held at once, after their newest rung: what is known of them, and their states
+    part-K.packed    members that others trained to the end (of a cluster), K the first of them: what became of them
 
 Each file is of `checkpoint.save_packed`: whole or not at all, with a digest that is verified. Of each turn the newest rung alone is
 kept: since a file is replaced in one move, a kill never costs the one before, and what a disk has damaged is named rather than
@@ -23,8 +24,9 @@ import numpy as np
 from jaxopt_lab.core.types import Array, PyTree
 from jaxopt_lab.search.engines import Engine
 from jaxopt_lab.search.pace import Start
+from jaxopt_lab.search.trial import Result
 
-__all__ = ["Directory", "Kept", "Together", "fingerprint", "opened", "read", "write"]
+__all__ = ["Directory", "Kept", "Together", "fingerprint", "opened", "read", "read_parts", "write", "write_part"]
 
 _FORMAT = 2
 _SHOWN = 160
@@ -236,6 +238,65 @@ def read(directory: Directory, turn: int, members: Sequence[int], starts: Sequen
         states = jax.tree.unflatten(jax.tree.structure(like), [part["states"][path] for path in _paths(like)])
         parts.append(Together(part["number"], np.asarray(part["indices"]), Engine(*part["engine"]), tuple(part["traced"]), states))
     return Kept(tree["at"], rows, parts)
+
+
+def write_part(directory: Directory, members: Sequence[int], found: Result) -> None:
+    """Keeps what became of members that were trained to the end.
+
+    Args:
+      directory: the call's.
+      members: `[m]`, which configurations they are.
+      found: their result, in this order.
+
+    Raises:
+      TypeError: a state has a leaf that no checkpoint holds; the message names its path.
+      OSError: it cannot be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as path:
+    ...     directory = opened(path, {"steps": ["3"]}, 64, lambda: ([], []))
+    ...     write_part(directory, [4], Result(np.array([0.1]), [None], (), np.array([[0.1]]), (3,), {}, 0, ("1 scanned",)))
+    ...     read_parts(directory, [])[0][1].scores
+    array([0.1])
+    """
+    from jaxopt_lab.checkpoint.packed import save_packed
+
+    states = {k: dict(zip(_paths(s), jax.tree.leaves(s), strict=True)) for k, s in enumerate(found.states) if s is not None}
+    tree = {
+        "call": directory.call,
+        "members": _numbers(members),
+        "scores": _bits(found.scores),
+        "curves": _bits(found.curves),
+        "evaluated": _numbers(found.evaluated),
+        "metrics": {name: _bits(x) for name, x in found.metrics.items()},
+        "best": found.best,
+        "engines": list(found.engines),
+        "states": states,
+    }
+    save_packed(directory.path / f"part-{min(members)}.packed", tree, overwrite=True)
+
+
+def read_parts(directory: Directory, starts: Sequence[Start]) -> list[tuple[list[int], Result]]:
+    """What `write_part` kept: members, and what became of them, without their configurations; arrays in the host's memory.
+
+    Raises:
+      ValueError: a file is damaged, or of another call.
+    """
+    states = {int(index): start.state for start in starts for index in start.group.indices}
+    parts = []
+    for file in sorted(directory.path.glob("part-*.packed")):
+        anew = f"delete {file}, and its members are trained anew"
+        tree = _loaded(file, f"{anew}, or put back a copy of it")
+        if not isinstance(tree, dict) or tree.get("call") != directory.call:
+            raise ValueError(f"{file} was not written by this call, though {directory.path} was begun by it; {anew}")
+        members, kept = tree["members"], [None] * len(tree["members"])
+        for k, leaves in tree["states"].items():
+            like = states[members[k]]
+            kept[k] = jax.tree.unflatten(jax.tree.structure(like), [leaves[path] for path in _paths(like)])
+        metrics = {name: _floats(x) for name, x in tree["metrics"].items()}
+        scores, curves, evaluated = _floats(tree["scores"]), _floats(tree["curves"]), tuple(tree["evaluated"])
+        parts.append((members, Result(scores, kept, (), curves, evaluated, metrics, tree["best"], tuple(tree["engines"]))))
+    return parts
 
 
 def _file(directory: Directory, turn: int) -> Path:

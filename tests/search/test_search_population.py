@@ -258,11 +258,19 @@ def test_an_evaluation_that_needs_more_than_a_step_narrows_the_width(engine, mon
     assert start.working_bytes(vmapped(4), evaluation=False) <= memory - 4 * start.member_bytes < start.working_bytes(vmapped(4))
 
 
-def test_what_an_evaluation_needs_makes_turns_shorter():
-    trial = TRIAL._replace(evaluate=lambda state: jnp.sort(jnp.arange(1 << 18) * state["params"]["out"].sum()).sum())
+def test_what_a_beginning_or_an_evaluation_needs_makes_turns_shorter():
+    def sorted_sum(scale):
+        return jnp.sort(jnp.arange(1 << 18) * scale).sum()
+
+    def costly(key, config):
+        state = TRIAL.init(key, config)
+        params = {**state["params"], "out": state["params"]["out"] + 1e-12 * sorted_sum(config["rate"])}
+        return {**state, "params": params}
+
+    trials = [TRIAL, TRIAL._replace(init=costly), TRIAL._replace(evaluate=lambda state: sorted_sum(state["params"]["out"].sum()))]
     memory = room_of(scanned(), 4) + (1 << 19)
-    crews = [Crew(each, CONFIGS[:4], KEY, batches, STEPS, engine=scanned(), memory=memory) for each in (TRIAL, trial)]
-    assert [len(crew.turns()) for crew in crews] == [1, 4]
+    crews = [Crew(each, CONFIGS[:4], KEY, batches, STEPS, engine=scanned(), memory=memory) for each in trials]
+    assert [len(crew.turns()) for crew in crews] == [1, 4, 4]
 
 
 def test_the_states_of_a_turn_are_gone_before_those_of_the_next_are_there():

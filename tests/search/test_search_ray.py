@@ -358,7 +358,7 @@ class MadeUp:
         raise ActorDiedError(why)
 
     def hire(self, worker):
-        handle = SimpleNamespace(number=len(self.made), worker=worker)
+        handle = SimpleNamespace(number=len(self.made), worker=worker, trained=[])
         # On the first node that has room.
         taken = Counter(each.node for each in self.made if each not in self.killed)
         handle.node = next((f"n{k}" for k, cpus in enumerate(self.cpus) if taken[f"n{k}"] < cpus), None)
@@ -368,6 +368,7 @@ class MadeUp:
         def train(settings, trial, batches, shared, run, rows, desk):
             # As it travels.
             assert not {"shared", "prune"} & set(run)
+            handle.trained.append([row.label for row in rows])
             thread = None if desk is None else self.threads.submit(worker.train, settings, trial, batches, shared, run, rows, desk)
 
             def call():
@@ -666,6 +667,55 @@ def test_a_population_on_a_cluster_is_pruned_as_one_here(engine_on):
     late = population(TRIAL, drawn(), engine=engine_on(MadeUp([2])), **{**run, "prune": lambda step, scores: [whole.best]})
     assert late.best != whole.best
     assert np.isnan(late.curves[whole.best]).tolist() == [False, True]
+
+
+class KilledError(BaseException):
+    """What stands for SIGKILL of this process."""
+
+
+def trained_by(there):
+    """What its actors were given to train."""
+    return sorted(label for each in there.made for rows in each.trained for label in rows)
+
+
+@pytest.mark.parametrize("keep", [None, 2])
+def test_a_population_that_was_killed_goes_on_without_those_who_are_through(engine_on, tmp_path, keep):
+    def fate(handle, rows):
+        if handle.number == 2 and list(tmp_path.glob("part-*")):
+            raise KilledError
+        return handle.number < 2
+
+    run = {**RUN, "rungs": (2,), "keep": keep, "save": tmp_path}
+    first, next_one, last = MadeUp([3], fate), MadeUp([2]), MadeUp([2])
+    with pytest.raises(KilledError):
+        population(TRIAL, drawn(), engine=engine_on(first), **run)
+    whole = population(TRIAL, drawn(), engine=vmapped(), **{**run, "save": None})
+    for there in (next_one, last):
+        found = population(TRIAL, drawn(), engine=engine_on(there), **run)
+        np.testing.assert_allclose(found.curves, whole.curves, rtol=1e-6)
+        np.testing.assert_allclose(found.metrics["first"], whole.metrics["first"], rtol=1e-6)
+        assert [state is None for state in found.states] == [state is None for state in whole.states]
+        np.testing.assert_allclose(found.states[found.best], whole.states[whole.best], rtol=1e-6)
+    assert trained_by(first) == list(range(11))
+    assert trained_by(next_one) == sorted(first.made[2].trained[0])
+    assert not last.made
+
+
+def test_what_is_kept_of_another_call_or_damaged_is_refused(engine_on, tmp_path):
+    run = {**RUN, "save": tmp_path}
+    population(TRIAL, drawn(), engine=engine_on(MadeUp([2])), **run)
+    with pytest.raises(ValueError, match=r"was begun by another call: keep was None and is 3"):
+        population(TRIAL, drawn(), engine=engine_on(MadeUp([2])), **run, keep=3)
+    with pytest.raises(ValueError, match=r"was begun by another call: function was 'population on Ray' and is"):
+        population(TRIAL, drawn(), engine=vmapped(), **run)
+    part = min(tmp_path.glob("part-*.packed"))
+    part.write_bytes(part.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"{part.name}.*; delete .*{part.name}, and its members are trained anew"):
+        population(TRIAL, drawn(), engine=engine_on(MadeUp([2])), **run)
+    part.unlink()
+    there = MadeUp([2])
+    population(TRIAL, drawn(), engine=engine_on(there), **run)
+    assert 0 < len(trained_by(there)) < 11
 
 
 def test_an_actor_that_dies_after_it_asked_is_replaced_and_what_was_given_up_stays_so(engine_on):

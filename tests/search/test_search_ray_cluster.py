@@ -102,11 +102,12 @@ def test_a_worker_and_a_node_are_killed_and_a_node_joins():
 
 DRIVER = textwrap.dedent("""
     import sys, time
-    sys.path.insert(0, sys.argv[2])
+    sys.path.insert(0, sys.argv[3])
     import optuna
-    from test_search_ray import RUN, SPACE, TRIAL
+    from test_search_ray import RUN, SPACE, TRIAL, drawn
     from test_search_ray_cluster import PRIVATE
     from jaxopt_lab.search.cluster.engine import ray
+    from jaxopt_lab.search.population import population
     from jaxopt_lab.search.study import open_study
     from jaxopt_lab.search.sweep import sweep
 
@@ -114,9 +115,13 @@ DRIVER = textwrap.dedent("""
         time.sleep(0.05)
         return RUN["batches"](step)
 
-    study = open_study(SPACE, "swept", storage=sys.argv[1], sampler=optuna.samplers.RandomSampler())
-    with ray(**PRIVATE) as engine:
-        sweep(study, SPACE, TRIAL, trials=24, together=2, engine=engine, **{**RUN, "batches": slower})
+    run = {**RUN, "batches": slower}
+    with ray(**PRIVATE, chunk=2) as engine:
+        if sys.argv[1] == "sweep":
+            study = open_study(SPACE, "swept", storage=sys.argv[2], sampler=optuna.samplers.RandomSampler())
+            sweep(study, SPACE, TRIAL, trials=24, together=2, engine=engine, **run)
+        else:
+            print(population(TRIAL, drawn(), engine=engine, save=sys.argv[2], **run).scores.tolist())
 """)
 
 
@@ -136,32 +141,54 @@ def runs(process):
     return bool(listed.strip()) and not listed.startswith("Z")
 
 
-@pytest.mark.slow
-def test_a_driver_is_killed_and_the_next_goes_on(tmp_path):
-    path = str(tmp_path / "journal.log")
-    study = open_study(SPACE, "swept", storage=path)
+def start(what, path):
+    return subprocess.Popen([sys.executable, "-c", DRIVER, what, str(path), str(HERE)], stdout=subprocess.PIPE, text=True)
 
-    def start():
-        return subprocess.Popen([sys.executable, "-c", DRIVER, path, str(HERE)])
 
-    def complete():
-        return sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
-
-    with start() as driver:
-        end = time.monotonic() + 120
-        while not complete():
-            assert driver.poll() is None
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        actors = actors_of(driver.pid)
-        driver.send_signal(signal.SIGKILL)
+def kill_after(driver, some):
+    """Kills a driver once it has told of some, and waits until its actors, which go with it, are gone."""
+    end = time.monotonic() + 120
+    while not some():
+        assert driver.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    actors = actors_of(driver.pid)
+    driver.send_signal(signal.SIGKILL)
     assert actors
-    assert complete() < 24
-    # They go with it.
     end = time.monotonic() + 60
     while any(map(runs, actors)):
         assert time.monotonic() < end
         time.sleep(0.2)
-    with start() as driver:
+
+
+@pytest.mark.slow
+def test_a_driver_is_killed_and_the_next_goes_on(tmp_path):
+    path = tmp_path / "journal.log"
+    study = open_study(SPACE, "swept", storage=str(path))
+
+    def complete():
+        return sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+
+    with start("sweep", path) as driver:
+        kill_after(driver, complete)
+    assert complete() < 24
+    with start("sweep", path) as driver:
         assert driver.wait(240) == 0
     assert agree(study) == ["COMPLETE"] * 24
+
+
+@pytest.mark.slow
+def test_a_driver_of_a_population_is_killed_and_the_next_goes_on(tmp_path):
+    def through():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.glob("part-*.packed")}
+
+    with start("population", tmp_path) as driver:
+        kill_after(driver, through)
+    before = through()
+    assert 0 < len(before) < 6
+    with start("population", tmp_path) as driver:
+        told, _ = driver.communicate(timeout=240)
+    after = through()
+    assert len(after) == 6
+    assert {path: after[path] for path in before} == before
+    np.testing.assert_allclose(json.loads(told), population(TRIAL, drawn(), engine=vmapped(), **RUN).scores, rtol=1e-6)

@@ -16,7 +16,6 @@ import optax
 import pytest
 
 from jaxopt_lab.checkpoint.packed import load_packed, save_packed
-from jaxopt_lab.search.elsewhere import Elsewhere
 from jaxopt_lab.search.engines import looped, scanned, vmapped
 from jaxopt_lab.search.evolution import evolve, perturb
 from jaxopt_lab.search.halving import hyperband, successive_halving
@@ -450,12 +449,10 @@ def test_the_remedy_helps_and_what_was_half_written_is_cleared_away(own):
     assert sorted(path.name for path in own.iterdir()) == ["call.packed", "turn-0.packed"]
 
 
-def test_a_file_is_no_directory_and_those_who_keep_nothing_say_so(tmp_path):
+def test_a_file_is_no_directory_and_a_sweep_keeps_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="save must be a directory"):
         trained(tmp_path / "file", Batches())
-    with pytest.raises(ValueError, match="trains elsewhere, where save keeps nothing"):
-        trained(tmp_path, Batches(), engine=Elsewhere())
     optuna = pytest.importorskip("optuna")
     with pytest.raises(ValueError, match=r"goes on from its study's storage.*leave save out"):
         sweep(optuna.create_study(), SPACE, TRIAL, trials=1, together=1, batches=Batches(), save=tmp_path, **RUN)

@@ -3,13 +3,21 @@
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from jaxopt_lab.search.cluster.plan import Row, dealt, fitting, gathered
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxopt_lab.search import saved
+from jaxopt_lab.search.cluster.plan import Chunk, Row, dealt, fitting, gathered
 from jaxopt_lab.search.cluster.pool import Pool, Terms
 from jaxopt_lab.search.cluster.worker import import_ray
 from jaxopt_lab.search.elsewhere import Elsewhere, Lost, Prune
 from jaxopt_lab.search.engines import Engine
+from jaxopt_lab.search.grouping import group
+from jaxopt_lab.search.pace import Start
 from jaxopt_lab.search.population import check_rungs
 from jaxopt_lab.search.trial import Result, Trial, check_trial, check_typed_key
 
@@ -72,30 +80,62 @@ class Ray(Elsewhere):
             if pool is not self._pool:
                 pool.close()
 
-    def population(self, trial: Trial, configs: Sequence[Any], run: dict[str, Any], prune: Prune | None = None) -> Result:
-        """As `population(trial, configs, prune=prune, **run)`; what actors die of comes to NaN, and a warning says why."""
+    def population(
+        self, trial: Trial, configs: Sequence[Any], run: dict[str, Any], prune: Prune | None = None, save: str | Path | None = None
+    ) -> Result:
+        """As `population(trial, configs, prune=prune, save=save, **run)`.
+
+        What actors die of comes to NaN, and a warning says why; it is not kept.
+        """
         marks, own = check_rungs(run["rungs"], run["steps"]), run["numbers"]
         if not len(configs):
             raise ValueError("there is no configuration to train")
         numbers = list(range(len(configs)) if own is None else map(int, own))
         if len(numbers) != len(configs):
             raise ValueError(f"numbers must be one for each of {len(configs)} configurations; there are {len(numbers)}")
-        rows, parts = list(map(Row, range(len(configs)), configs, numbers)), []
+        parts: list[tuple[list[int], Result | Lost]] = []
         with self.hands(trial, run, prune) as pool:
-            pool.start()
-            chunks = dealt(rows, pool.size() if self._chunk is None else -(-len(rows) // self._chunk))
-            for chunk in chunks:
+            directory = None
+            if save is not None:
+                directory, kept = self._kept(trial, configs, run, numbers, prune is not None, save)
+                parts += kept
+            through = {label for labels, _ in parts for label in labels}
+            rows = [Row(k, config, numbers[k]) for k, config in enumerate(configs) if k not in through]
+            for chunk in self._dealt(rows, pool):
                 pool.submit(*zip(*chunk.rows, strict=True))
             left = len(rows)
             while left:
-                told = pool.wait()
-                parts += told
-                left -= sum(len(labels) for labels, _ in told)
+                for labels, found in pool.wait():
+                    if directory is not None and isinstance(found, Result):
+                        saved.write_part(directory, labels, found)
+                    parts.append((labels, found))
+                    left -= len(labels)
         if given_up := [(labels, found.cause) for labels, found in parts if isinstance(found, Lost)]:
             labels = sorted(label for each, _ in given_up for label in each)
             warnings.warn(f"configurations {labels} were given up: {given_up[-1][1]}", RuntimeWarning, stacklevel=3)
         whole = None if prune is None else run["steps"]
         return gathered(configs, marks, parts, keep=run["keep"], maximize=run["maximize"], whole=whole)
+
+    def _dealt(self, rows: list[Row], pool: Pool) -> list[Chunk]:
+        if not rows:
+            return []
+        pool.start()
+        return dealt(rows, pool.size() if self._chunk is None else -(-len(rows) // self._chunk))
+
+    def _kept(
+        self, trial: Trial, configs: Sequence[Any], run: dict[str, Any], numbers: list[int], pruned: bool, save: str | Path
+    ) -> tuple[saved.Directory, list[tuple[list[int], Result]]]:
+        """The directory of a call, and what became of those who are through."""
+        key, first, shared, device = run["key"], run["batches"](0), run["shared"], jnp.zeros(()).device
+        # For the structure of their states: nothing is trained here.
+        block = jax.tree.map(lambda x: np.asarray(x)[None], first)
+        groups = group(trial, configs, key, first, static=run["static"], shared=shared)
+        starts = [Start(each, key, np.array(numbers), block, 1, run["steps"], (device,), shared) for each in groups]
+        asked = {"function": f"population on {type(self).__name__}", "engine": self._inner, "prune": pruned}
+        asked |= {name: run[name] for name in ("steps", "rungs", "keep", "maximize")}
+        call = saved.fingerprint(asked, starts, configs, key, numbers, first)
+        directory = saved.opened(save, call, 0, lambda: ([], []))
+        return directory, saved.read_parts(directory, starts)
 
 
 def ray(
@@ -126,7 +166,8 @@ def ray(
     An actor that dies is replaced, and its chunk tried again, as a whole and then in halves, until the configurations that kill
     their actors are alone and given up: such a trial of a sweep fails, its attribute "jaxopt_lab:cause" says why, and the rest goes
     on. What the trial's own functions raise is raised here, as it would be without Ray. If this process dies, its sweep goes on
-    where it was, from the study's storage, by whoever calls `sweep` next.
+    where it was, from the study's storage, by whoever calls `sweep` next; a population, in the same call made again, without those
+    who are through where it has a directory to `save` them in.
 
     The trial's functions, and batches, travel to each node once, with the arrays that they close over, and `shared` once in each
     call (numpy arrays, and those of `shared`, lie there once for all its actors). Functions of a module are found by its name,
