@@ -349,6 +349,8 @@ def test_bad_folds_are_refused_by_name(make, error, message):
         ({"data": {}}, ValueError, "no arrays"),
         ({"data": X}, TypeError, "a dict of arrays"),
         ({"configs": []}, ValueError, "no configuration"),
+        ({"configs": [{"opt": {"rate": [0.1]}, "kind": {"a"}}]}, TypeError, r"configs\[0\]: kind is a set"),
+        ({"static": ["rate", "rates"]}, ValueError, r"static names rates; the configurations have .*rate, .*\(fold\)"),
         ({"key": jnp.zeros(2, jnp.uint32)}, TypeError, "typed key"),
         ({"steps": -1}, ValueError, "steps must not be negative"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),

@@ -20,7 +20,7 @@ from jaxopt_lab.search.population import population
 from jaxopt_lab.search.selection.folds import Fold
 from jaxopt_lab.search.trial import Trial, check_trial, check_typed_key
 
-__all__ = ["Rows", "fold_batches", "folded", "on_folds", "rows_of"]
+__all__ = ["Paired", "Rows", "fold_batches", "folded", "on_folds", "rows_of"]
 
 
 class Rows(NamedTuple):
@@ -45,6 +45,32 @@ class Members(NamedTuple):
 
     scores: np.ndarray
     states: tuple[PyTree, ...]
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Paired:
+    """A configuration and the number of a fold, as a configuration: its leaves keep the paths that they have in the one it is of.
+
+    >>> pair = Paired({"optimizer": {"rate": 0.1}}, 2)
+    >>> [jax.tree_util.keystr(path, simple=True) for path, _ in jax.tree_util.tree_flatten_with_path(pair)[0]]
+    ['optimizer/rate', '(fold)']
+    """
+
+    def __init__(self, config: Any, fold: Any):
+        self.config, self.fold = config, fold
+
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], Any]:
+        """Its leaves, each as a child of its own, and the structure of the configuration."""
+        # None is a leaf: which it is tells programs apart.
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(self.config, is_leaf=lambda node: node is None)
+        names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+        children = [(jax.tree_util.DictKey(name), leaf) for name, (_, leaf) in zip(names, leaves, strict=True)]
+        return [*children, (jax.tree_util.DictKey("(fold)"), self.fold)], treedef
+
+    @classmethod
+    def tree_unflatten(cls, treedef: Any, children: Any) -> "Paired":
+        *leaves, fold = children
+        return cls(jax.tree.unflatten(treedef, leaves), fold)
 
 
 def rows_of(sides: Sequence[np.ndarray]) -> Rows:
@@ -130,13 +156,13 @@ def on_folds(
     arrays = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), dict(data))
     found = population(
         folded(trial),
-        [{"config": config, "fold": fold} for config, fold in pairs],
+        [Paired(config, fold) for config, fold in pairs],
         key=key,
         numbers=[fold for _, fold in pairs],
         batches=batches,
         steps=steps,
         engine=engine or (scanned() if jnp.zeros(()).device.platform == "cpu" else vmapped()),
-        static=[f"config/{path}" for path in static],
+        static=static,
         shared={"data": arrays, "weight": batches.weight, "test": rows_of([fold.test for fold in folds])},
         keep=None if keep else 0,
     )
@@ -145,7 +171,7 @@ def on_folds(
 
 @lru_cache(maxsize=64)
 def folded(trial: Trial) -> Trial:
-    """A trial whose configurations are `{"config", "fold"}`: what differs between folds is data.
+    """A trial whose configurations are `Paired`: what differs between folds is data.
 
     The rows, and which of them a fold has, are what all share; a batch is the row numbers of every fold, `[F, B]`.
 
@@ -154,23 +180,22 @@ def folded(trial: Trial) -> Trial:
 
     >>> trial = folded(Trial(lambda key, config: 0.0, lambda s, batch, config: (s + batch["x"].sum(), {}), lambda s, rows: s))
     >>> shared = {"data": {"x": jnp.arange(3.0)}, "weight": jnp.ones((1, 2))}
-    >>> trial.step(0.0, {"row": jnp.array([[2, 1]])}, {"config": {}, "fold": 0}, shared)
+    >>> trial.step(0.0, {"row": jnp.array([[2, 1]])}, Paired({}, 0), shared)
     (Array(3., dtype=float32), {})
     """
 
-    def init(key: Array, config: Any) -> PyTree:
-        return trial.init(jax.random.split(key)[0], config["config"])
+    def init(key: Array, pair: Paired) -> PyTree:
+        return trial.init(jax.random.split(key)[0], pair.config)
 
-    def step(state: PyTree, batch: Any, config: Any, shared: Any) -> Any:
-        fold = config["fold"]
-        rows = _gathered(shared["data"], batch["row"][fold], shared["weight"][fold])
-        out = trial.step(state, rows, config["config"])
+    def step(state: PyTree, batch: Any, pair: Paired, shared: Any) -> Any:
+        rows = _gathered(shared["data"], batch["row"][pair.fold], shared["weight"][pair.fold])
+        out = trial.step(state, rows, pair.config)
         # What is no state and metrics is for the population to refuse.
         return (out[0], {}) if isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], Mapping) else out
 
-    def evaluate(state: PyTree, config: Any, shared: Any) -> Any:
-        rows, weight = (side[config["fold"]] for side in shared["test"])
-        given = state, _gathered(shared["data"], rows, weight), config["config"]
+    def evaluate(state: PyTree, pair: Paired, shared: Any) -> Any:
+        rows, weight = (side[pair.fold] for side in shared["test"])
+        given = state, _gathered(shared["data"], rows, weight), pair.config
         return trial.evaluate(*(given if _takes_config(trial.evaluate) else given[:2]))
 
     return Trial(init, step, evaluate)
