@@ -47,9 +47,7 @@ class GPSampler(BaseSampler):
     """Suggests where a Gaussian process expects the largest gain.
 
     Matern-5/2 with a length scale a dimension over floats and integers, Hamming distances over categories; the logarithm of the
-    expected improvement, or of the expected hypervolume for several objectives, times the probability that the constraints hold. At
-    some turns another recipe is followed, a smoother kernel or an upper confidence bound for two; `jaxopt_lab.search.gp.suggest`
-    says which, and why.
+    expected improvement, or of the expected hypervolume for several objectives, times the probability that the constraints hold.
 
     - The first `n_startup_trials` follow a scrambled Sobol sequence.
     - Trials that run are fantasised: parallel workers, and `ask` before `tell`, get different points. Threads of a process ask in

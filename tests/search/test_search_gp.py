@@ -25,23 +25,19 @@ NUMBERS = np.zeros(D, bool)
 WARPS = np.array([[-1.2, 0.0, 0.7], [0.4, -0.9, 0.0]])
 
 
-def hyper(dims, warps=None, smooth=0.0):
+def hyper(dims, warps=None):
     warps = None if warps is None else buckets.pad(warps, 2, dims)
-    return process.Hyper(buckets.pad(-2 * np.log(LENGTHS), dims), np.log(SCALE), np.log(NOISE), warps, smooth)
+    return process.Hyper(buckets.pad(-2 * np.log(LENGTHS), dims), np.log(SCALE), np.log(NOISE), warps)
 
 
 def unpadded(x=X, y=Y, categorical=NUMBERS):
     return process.Data(x, y, np.ones(len(x), bool), categorical, np.ones(x.shape[1], bool))
 
 
-def of_scikit_learn(correlation):
-    k = kernels.ConstantKernel(SCALE) * correlation + kernels.WhiteKernel(NOISE)
-    return GaussianProcessRegressor(k, optimizer=None, alpha=0).fit(X, Y)
-
-
 @pytest.fixture(scope="module")
 def reference():
-    return of_scikit_learn(kernels.Matern(LENGTHS, nu=2.5))
+    k = kernels.ConstantKernel(SCALE) * kernels.Matern(LENGTHS, nu=2.5) + kernels.WhiteKernel(NOISE)
+    return GaussianProcessRegressor(k, optimizer=None, alpha=0).fit(X, Y)
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +51,10 @@ def new():
     return buckets.pad(NEW, 7, 4)
 
 
-@pytest.mark.parametrize(("correlation", "smooth"), [(kernels.Matern(LENGTHS, nu=2.5), 0.0), (kernels.RBF(LENGTHS), 1.0)])
-def test_evidence_and_posterior_are_those_of_scikit_learn(correlation, smooth, new):
-    data, own, reference = process.data(X, Y, NUMBERS), hyper(4, smooth=smooth), of_scikit_learn(correlation)
+def test_evidence_and_posterior_are_those_of_scikit_learn(reference, given, new):
     with exactly():
-        mean, variance = jax.jit(process.posterior)(jax.jit(process.condition)(own, data), new)
-        evidence = jax.jit(process.log_evidence)(own, data)
+        mean, variance = jax.jit(process.posterior)(given, new)
+        evidence = jax.jit(process.log_evidence)(hyper(4), process.data(X, Y, NUMBERS))
     expected, deviation = reference.predict(NEW, return_std=True)
     np.testing.assert_allclose(mean, expected, atol=1e-10)
     # Theirs is of a noisy value.
@@ -91,19 +85,17 @@ def test_padding_changes_nothing(given, new):
         np.testing.assert_allclose(*both, rtol=1e-12)
 
 
-@pytest.mark.parametrize("smooth", [0.0, 1.0])
 @pytest.mark.parametrize("warps", [None, WARPS], ids=["as they are", "warped"])
-def test_gradient_of_the_density_is_that_of_differences(warps, smooth):
+def test_gradient_of_the_density_is_that_of_differences(warps):
     data = process.data(X, Y, NUMBERS)
     flat = process._flat(hyper(4, warps))
     padded = [3] if warps is None else [3, 9, 13]
     with exactly():
         distances = kernel.squared_distances(data.x, data.x, data.categorical) if warps is None else None
-        _, gradient = process._loss(flat, data, distances, smooth)
+        _, gradient = process._loss(flat, data, distances)
         for i in np.delete(np.arange(len(flat)), padded):
             # Five points, far enough apart that rounding in the logarithms of a warp does not tell.
-            unit = 1e-3 * np.eye(len(flat))[i]
-            at = {k: float(process._loss(flat + k * unit, data, distances, smooth)[0]) for k in (-2, -1, 1, 2)}
+            at = {k: float(process._loss(flat + 1e-3 * k * np.eye(len(flat))[i], data, distances)[0]) for k in (-2, -1, 1, 2)}
             slope = (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / 12e-3
             np.testing.assert_allclose(gradient[i], slope, rtol=1e-6, atol=1e-8)
         np.testing.assert_array_equal(gradient[np.array(padded)], 0)
@@ -198,7 +190,7 @@ def test_a_fit_to_many_starts_from_some():
     found, direct = process.fit(data), process.fit(data, start=process.Hyper(np.zeros(4), np.zeros(()), np.log(1e-2)))
     with exactly():
         loss = [
-            float(process._loss(process._flat(h), data, kernel.squared_distances(data.x, data.x, data.categorical), 0.0)[0])
+            float(process._loss(process._flat(h), data, kernel.squared_distances(data.x, data.x, data.categorical))[0])
             for h in (found, direct)
         ]
     assert loss[0] < loss[1] + 1.0  # of some hundreds
@@ -298,45 +290,6 @@ def test_gradient_of_a_score_is_that_of_differences(asked):
             e = 1e-6 * np.eye(4)[d]
             slope = (maximise.score(question, x + e) - maximise.score(question, x - e)) / 2e-6
             np.testing.assert_allclose(gradient[:, d], slope, rtol=1e-4)
-
-
-def test_a_bound_is_that_of_the_posterior_over_fantasies(given, new):
-    weights = np.asarray(given.weights)[None] + 0.1 * np.random.default_rng(0).normal(size=(3, 1, 16))
-    objectives = jax.tree.map(lambda a: np.asarray(a)[None], given)
-    with exactly():
-        gain = maximise.Question(objectives, weights, np.zeros((3, 1, 1)), None, np.ones(()))
-        bounds, gains = (maximise.score(gain._replace(bound=bound), new) for bound in (1.8, 0.0))
-        moments = [process.posterior(given._replace(weights=each[0]), new) for each in weights]
-        slope = jax.jit(jax.grad(lambda x: maximise.score(gain._replace(bound=1.8), x).sum()))(new)
-        e = np.array([0.0, 1e-6, 0.0, 0.0])
-        after, before = (np.asarray(maximise.score(gain._replace(bound=1.8), new + sign * e)) for sign in (1, -1))
-    mean, deviation = np.mean([m for m, _ in moments], axis=0), np.sqrt(moments[0][1])
-    np.testing.assert_allclose(bounds, mean + 1.8 * deviation, rtol=1e-10)
-    np.testing.assert_allclose(slope[:, 1], (after - before) / 2e-6, rtol=1e-5, atol=1e-8)
-    assert not np.allclose(bounds, gains)
-
-
-@pytest.mark.parametrize("kind", ["one objective", "constrained", "two objectives"])
-def test_recipes_take_turns(kind, monkeypatch):
-    seen = []
-
-    def scores(question, points, D):
-        own = jax.tree.map(lambda leaf: np.asarray(leaf)[0], question.objectives.hyper)
-        seen.append((float(question.bound), float(own.smooth), bool(np.exp(own.noise) < 1.1e-6)))
-        return -points[:, 0]
-
-    monkeypatch.setattr(suggest, "_scores", scores)
-    monkeypatch.setattr(suggest, "_climb", lambda space, question, starts, *rest: (starts, np.zeros(len(starts))))
-    space, rng = suggest.Space(NUMBERS, np.zeros(D, int)), np.random.default_rng(0)
-    x = rng.random((15, D))
-    y = np.column_stack([np.sin(9 * x[:, 0]), x[:, 1]]) + 0.5 * rng.normal(size=(15, 2))
-    y, constraints = y[:, : 2 if kind == "two objectives" else 1], x[:, : kind == "constrained"] - 0.9
-    for n in range(4, 16):
-        suggest.suggest(space, suggest.Known(x[:n], y[:n], constraints[:n], np.zeros((0, D))), rng)
-    bounds, smooth, exact = zip(*seen, strict=True)
-    assert bounds == tuple(1.8 if n % 4 == 3 and kind == "one objective" else 0.0 for n in range(4, 16))
-    assert smooth == tuple(1.0 if n % 4 == 1 else 0.0 for n in range(4, 16))
-    assert exact == tuple(n % 2 == 1 for n in range(4, 16))
 
 
 def test_refinement_climbs_and_stays_where_it_must(asked):

@@ -1,4 +1,4 @@
-r"""What a further evaluation is worth, as a logarithm: improvement, hypervolume, feasibility; or how good it may be.
+r"""What a further evaluation is worth, as a logarithm: improvement, hypervolume, feasibility.
 
 Values are maximised. With boxes (l_k, u_k) that tile what no value dominates yet, the expected gain of a value with independent
 normal objectives m is, for one objective as for many,
@@ -13,11 +13,10 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from jaxopt_lab.core.types import Array
 
-__all__ = ["boxes", "log_feasible", "log_gain", "log_h", "log_improvement", "upper_bound"]
+__all__ = ["boxes", "log_feasible", "log_gain", "log_h", "log_improvement"]
 
 
 def log_h(z: Array) -> Array:
@@ -106,20 +105,6 @@ def log_feasible(mean: Array, variance: Array, threshold: Array) -> Array:
     0.25
     """
     return jax.scipy.special.log_ndtr((threshold - mean) / jnp.sqrt(variance)).sum()
-
-
-def upper_bound(mean: Array, variance: Array, coefficient: ArrayLike) -> Array:
-    r"""The upper confidence bound, :math:`\mu + \beta \sigma`; shapes as of one another.
-
-    Where the expected improvement goes back to what it knows, as nothing else promises more on average, this goes where the process
-    knows least.
-
-    Source: Srinivas, Krause, Kakade and Seeger, "Gaussian process optimization in the bandit setting", 2010.
-
-    >>> float(upper_bound(jnp.asarray(1.0), jnp.asarray(4.0), 1.5))
-    4.0
-    """
-    return mean + coefficient * jnp.sqrt(variance)
 
 
 def boxes(front: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,18 +1,16 @@
 r"""The covariance of a search: Matern-5/2 over distances that know of categories and of dimensions that are not there.
 
-    k(x, x') = s c(\sum_d w_d \delta_d(x_d, x'_d)),    c(r^2) = (1 + \sqrt 5 r + 5 r^2 / 3) exp(-\sqrt 5 r)
+    k(x, x') = s m(\sum_d w_d \delta_d(x_d, x'_d)),    m(r^2) = (1 + \sqrt 5 r + 5 r^2 / 3) exp(-\sqrt 5 r)
 
-with one inverse squared length scale `w_d` a dimension, and `\delta` the squared difference for numbers and 0 or 1 for categories;
-or `c(r^2) = exp(-r^2 / 2)`, of which what is smooth everywhere is learnt from fewer points.
+with one inverse squared length scale `w_d` a dimension, and `\delta` the squared difference for numbers and 0 or 1 for categories.
 """
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from jaxopt_lab.core.types import Array
 
-__all__ = ["INACTIVE", "correlation", "covariance", "matern", "squared_distances", "warped"]
+__all__ = ["INACTIVE", "covariance", "matern", "squared_distances", "warped"]
 
 INACTIVE = -1e6
 """The coordinate of a dimension that a point does not have. No other coordinate may come near: those of a range are in [0, 1]."""
@@ -77,21 +75,6 @@ def _matern_jvp(primals, tangents):
     return (1 + root + root**2 / 3) * decay, -5 / 6 * (1 + root) * decay * tangents[0]
 
 
-def correlation(squared: Array, smooth: ArrayLike) -> Array:
-    r"""The correlation at a squared distance, any shape: Matern-5/2 for `smooth` 0, the squared exponential for 1.
-
-    .. math:: (1 - a) m(r^2) + a \exp(-r^2 / 2)
-
-    Between 0 and 1 it is a mixture of both, which is a correlation as well.
-
-    Source: Rasmussen and Williams 2006, equations 4.9 and 4.17.
-
-    >>> [round(float(correlation(jnp.ones(()), smooth)), 4) for smooth in (0.0, 0.5, 1.0)]
-    [0.524, 0.5653, 0.6065]
-    """
-    return (1 - smooth) * matern(squared) + smooth * jnp.exp(-squared / 2)
-
-
 def squared_distances(a: Array, b: Array, categorical: Array) -> Array:
     """The squared distance in each dimension.
 
@@ -114,14 +97,13 @@ def squared_distances(a: Array, b: Array, categorical: Array) -> Array:
     return jnp.where(either, (left != right).astype(a.dtype), (left - right) ** 2)
 
 
-def covariance(a: Array, b: Array, categorical: Array, inverse_squares: Array, scale: Array, smooth: ArrayLike = 0.0) -> Array:
-    """The covariance of points, `scale * correlation(weighted squared distance, smooth)`.
+def covariance(a: Array, b: Array, categorical: Array, inverse_squares: Array, scale: Array) -> Array:
+    """The covariance of points, `scale * matern(weighted squared distance)`.
 
     Args:
       a, b, categorical: as of `squared_distances`.
       inverse_squares: one over the squared length scale [d].
       scale: the variance, a scalar.
-      smooth: as of `correlation`.
 
     Returns:
       [n, m].
@@ -133,4 +115,4 @@ def covariance(a: Array, b: Array, categorical: Array, inverse_squares: Array, s
     >>> covariance(x, x, jnp.array([False]), jnp.ones(1), jnp.ones(())).round(3).tolist()
     [[1.0, 0.52...], [0.52..., 1.0]]
     """
-    return scale * correlation((squared_distances(a, b, categorical) * inverse_squares[None, None, :]).sum(-1), smooth)
+    return scale * matern((squared_distances(a, b, categorical) * inverse_squares[None, None, :]).sum(-1))

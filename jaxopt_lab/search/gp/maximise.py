@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from jaxopt_lab.core.types import Array
-from jaxopt_lab.search.gp.acquisition import log_feasible, log_gain, upper_bound
+from jaxopt_lab.search.gp.acquisition import log_feasible, log_gain
 from jaxopt_lab.search.gp.process import Process, posterior
 
 __all__ = ["Question", "fantasies", "refined", "score"]
@@ -24,8 +23,6 @@ class Question(NamedTuple):
       some: 1, or 0 where no feasible value is known and feasibility is all that counts; a scalar.
       constraints: processes with a leading axis [C]; None without.
       thresholds: at or below which a constraint is feasible [C].
-      bound: the coefficient of the upper confidence bound that is asked for in place of the gain, of one objective without
-        constraints; 0 for the gain.
     """
 
     objectives: Process
@@ -35,7 +32,6 @@ class Question(NamedTuple):
     some: Array
     constraints: Process | None = None
     thresholds: Array | None = None
-    bound: ArrayLike = 0.0
 
 
 def _score(question: Question, x: Array) -> Array:
@@ -47,18 +43,11 @@ def _score(question: Question, x: Array) -> Array:
         return jax.vmap(lambda w: posterior(process._replace(weights=w), x)[0])(weights), variance
 
     means, variances = jax.vmap(moments, in_axes=(0, 1))(question.objectives, question.weights)  # [M, F, B], [M, B]
-
-    def gain():
-        over_points = jax.vmap(log_gain, in_axes=(1, 1, None, None))
-        gains = jax.vmap(over_points, in_axes=(1, None, 0, None if question.upper is None else 0))(
-            means, variances, question.lower, question.upper
-        )  # [F, B]
-        return question.some * (jax.nn.logsumexp(gains, axis=0) - jnp.log(gains.shape[0]))
-
-    def bound():
-        return upper_bound(means[0].mean(axis=0), variances[0], question.bound)
-
-    value = jax.lax.cond(jnp.asarray(question.bound) > 0, bound, gain)
+    over_points = jax.vmap(log_gain, in_axes=(1, 1, None, None))
+    gains = jax.vmap(over_points, in_axes=(1, None, 0, None if question.upper is None else 0))(
+        means, variances, question.lower, question.upper
+    )  # [F, B]
+    value = question.some * (jax.nn.logsumexp(gains, axis=0) - jnp.log(gains.shape[0]))
     if question.constraints is not None:
         mean, variance = jax.vmap(posterior, in_axes=(0, None))(question.constraints, x)  # [C, B]
         value = value + jax.vmap(log_feasible, in_axes=(1, 1, None))(mean, variance, question.thresholds)
@@ -67,12 +56,12 @@ def _score(question: Question, x: Array) -> Array:
 
 @jax.jit
 def score(question: Question, x: Array) -> Array:
-    """The logarithm of the expected gain, times the probability of feasibility, at points [B, D], or the bound; [B].
+    """The logarithm of the expected gain, times the probability of feasibility, at points [B, D]; [B].
 
     >>> from jaxopt_lab.search.gp.process import Data, Hyper, condition
     >>> one = Data(jnp.zeros((1, 1)), jnp.ones(1), jnp.array([True]), jnp.array([False]), jnp.array([True]))
     >>> known = condition(Hyper(jnp.zeros(1), jnp.zeros(()), jnp.log(1e-3)), one)
-    >>> stack = jax.tree.map(lambda x: jnp.asarray(x)[None], known)
+    >>> stack = jax.tree.map(lambda x: x[None], known)
     >>> question = Question(stack, stack.weights[None], jnp.zeros((1, 1, 1)), None, jnp.ones(()))
     >>> round(float(jnp.exp(score(question, jnp.zeros((1, 1))))[0]), 2)  # the value there is 1, the best so far 0
     1.0
@@ -110,7 +99,7 @@ def refined(question: Question, x: Array, lengths: Array, low: Array, high: Arra
     >>> from jaxopt_lab.search.gp.process import Data, Hyper, condition
     >>> one = Data(jnp.zeros((1, 1)), jnp.ones(1), jnp.array([True]), jnp.array([False]), jnp.array([True]))
     >>> known = condition(Hyper(jnp.zeros(1), jnp.zeros(()), jnp.log(1e-3)), one)
-    >>> stack = jax.tree.map(lambda x: jnp.asarray(x)[None], known)
+    >>> stack = jax.tree.map(lambda x: x[None], known)
     >>> question = Question(stack, stack.weights[None], jnp.zeros((1, 1, 1)), None, jnp.ones(()))
     >>> start, end = jnp.full((1, 1), 0.5), jnp.ones((1, 1))
     >>> x, value = refined(question, start, jnp.ones(1), 0 * end, end)

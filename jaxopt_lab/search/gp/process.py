@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
-from jax.typing import ArrayLike
 
 from jaxopt_lab.core.types import Array
 from jaxopt_lab.search.gp.buckets import bucket, pad
-from jaxopt_lab.search.gp.kernel import correlation, covariance, squared_distances, warped
+from jaxopt_lab.search.gp.kernel import covariance, matern, squared_distances, warped
 from jaxopt_lab.search.gp.precision import exactly
 
 __all__ = ["Data", "Hyper", "Process", "condition", "data", "fit", "log_evidence", "log_prior", "posterior"]
@@ -49,14 +48,12 @@ class Hyper(NamedTuple):
       scale: log of the variance of f, a scalar.
       noise: log of the variance of e, a scalar.
       warps: logs of a and b of `kernel.warped` [2, D]; None where points are as they are.
-      smooth: which `kernel.correlation` it is, a scalar, not in logarithms; it is chosen, not fitted.
     """
 
     inverse_squares: Array
     scale: Array
     noise: Array
     warps: Array | None = None
-    smooth: ArrayLike = 0.0
 
 
 class Process(NamedTuple):
@@ -142,7 +139,7 @@ def _noisy(hyper: Hyper, distances: Array, real: Array) -> Array:
     n, dims = real.shape[0], distances.shape[-1]
     # As a product of a matrix and a vector it and its derivative take a third of the time of a sum over the last axis.
     squared = (distances.reshape(n * n, dims) @ jnp.exp(hyper.inverse_squares)).reshape(n, n)
-    k = jnp.where(real[:, None] & real[None, :], jnp.exp(hyper.scale) * correlation(squared, hyper.smooth), 0)
+    k = jnp.where(real[:, None] & real[None, :], jnp.exp(hyper.scale) * matern(squared), 0)
     return k + jnp.diag(jnp.where(real, jnp.exp(hyper.noise), 1))
 
 
@@ -177,14 +174,14 @@ _distances = jax.jit(_apart)
 
 
 @jax.jit
-def _loss(flat: Array, data: Data, distances: Array | None, smooth: ArrayLike) -> tuple[Array, Array]:
+def _loss(flat: Array, data: Data, distances: Array | None) -> tuple[Array, Array]:
     """Minus the logarithm of the posterior density of the hyper-parameters, and its gradient.
 
     Without warps they are [D + 2] and distances do not change; with them they are [3 D + 2], and distances are None.
     """
 
     def loss(flat):
-        hyper = _unflat(flat, data.x.shape[1], smooth)
+        hyper = _unflat(flat, data.x.shape[1])
         evidence = log_evidence(hyper, data) if distances is None else _log_evidence(hyper, data, distances)
         return -(evidence + log_prior(hyper, data.dims))
 
@@ -192,9 +189,9 @@ def _loss(flat: Array, data: Data, distances: Array | None, smooth: ArrayLike) -
 
 
 @jax.jit
-def _loss_and_slope(flat: Array, data: Data, distances: Array | None, smooth: ArrayLike) -> Array:
+def _loss_and_slope(flat: Array, data: Data, distances: Array | None) -> Array:
     """`_loss` in one array, which comes to the host in one piece: a third of a call at 50 observations is the way there."""
-    value, gradient = _loss(flat, data, distances, smooth)
+    value, gradient = _loss(flat, data, distances)
     return jnp.concatenate([value[None], gradient])
 
 
@@ -203,8 +200,8 @@ def _flat(hyper: Hyper) -> np.ndarray:
     return np.concatenate([hyper.inverse_squares, [hyper.scale, hyper.noise], warps])
 
 
-def _unflat(flat: Array, D: int, smooth: ArrayLike) -> Hyper:
-    return Hyper(flat[:D], flat[D], flat[D + 1], flat[D + 2 :].reshape(2, D) if len(flat) > D + 2 else None, smooth)
+def _unflat(flat: Array, D: int) -> Hyper:
+    return Hyper(flat[:D], flat[D], flat[D + 1], flat[D + 2 :].reshape(2, D) if len(flat) > D + 2 else None)
 
 
 # In logarithms: length scales of 0.01 to 100, a variance of 0.01 to 100, a and b of a warp of 0.14 to 7.
@@ -213,15 +210,7 @@ _WARP_VARIANCE, _WORTH = 0.5, 2.0
 _SMALLEST_NOISE, _LARGEST_NOISE = 1e-6, 1.0
 
 
-def fit(
-    data: Data,
-    *,
-    start: Hyper | None = None,
-    noise: float | None = None,
-    steps: int = 60,
-    warp: bool = False,
-    smooth: float = 0.0,
-) -> Hyper:
+def fit(data: Data, *, start: Hyper | None = None, noise: float | None = None, steps: int = 60, warp: bool = False) -> Hyper:
     """The hyper-parameters of the largest posterior density (MAP), by L-BFGS-B on the host over a jitted value and gradient.
 
     Above 128 observations it starts from the fit to 128 of them, those of the best half and evenly of the others, and takes a few
@@ -238,7 +227,6 @@ def fit(
       noise: the variance of the noise where it is known, which is not fitted then.
       steps: the largest number of iterations.
       warp: whether points may be warped. Then there are warps in what is returned, zeros (the identity) where not worth it.
-      smooth: which `kernel.correlation` it is of, unless that of `start`.
 
     Returns:
       The hyper-parameters, of numpy arrays.
@@ -250,16 +238,16 @@ def fit(
 
     Source: L-BFGS-B of Byrd, Lu, Nocedal and Zhu 1995, as scipy has it.
     """
-    found = _fit(data, start, noise, steps, warp, smooth)
+    found = _fit(data, start, noise, steps, warp)
     return found._replace(warps=_no_warps(data)) if warp and found.warps is None else found
 
 
-def _fit(data: Data, start: Hyper | None, noise: float | None, steps: int, warp: bool, smooth: float) -> Hyper:
+def _fit(data: Data, start: Hyper | None, noise: float | None, steps: int, warp: bool) -> Hyper:
     """`fit`, with warps None where they are not worth it."""
     if start is None and int(np.sum(data.real)) > 128:
-        start, steps, warp = _fit(_subset(data, 128), None, noise, steps, warp, smooth), 8, False
+        start, steps, warp = _fit(_subset(data, 128), None, noise, steps, warp), 8, False
     # The posterior often has two modes, one of them little but a trend; from one start alone the other is missed.
-    both = [Hyper(np.full(data.x.shape[1], each), np.zeros(()), np.log(1e-2), smooth=smooth) for each in (0.0, 3.0)]
+    both = [Hyper(np.full(data.x.shape[1], each), np.zeros(()), np.log(1e-2)) for each in (0.0, 3.0)]
     starts = both if start is None else [start]
     found, loss = min((_descend(data, each, noise, steps) for each in starts), key=lambda found: found[1])
     if not warp or found.warps is not None:
@@ -286,7 +274,7 @@ def _descend(data: Data, start: Hyper, noise: float | None, steps: int) -> tuple
         distances = None if warp else _distances(device.x, device.categorical)
 
         def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
-            found = np.asarray(_loss_and_slope(flat, device, distances, start.smooth))
+            found = np.asarray(_loss_and_slope(flat, device, distances))
             # A factor that does not exist is NaN: the line search must step back from it.
             return (float(found[0]), found[1:]) if np.isfinite(found[0]) else (1e20, np.zeros_like(flat))
 
@@ -294,7 +282,7 @@ def _descend(data: Data, start: Hyper, noise: float | None, steps: int) -> tuple
         found = scipy.optimize.minimize(
             loss, flat, jac=True, method="L-BFGS-B", bounds=[*lengths, _BOUNDS["scale"], noises, *bends], options=options
         )
-    return _unflat(found.x, len(lengths), start.smooth), float(found.fun)
+    return _unflat(found.x, len(lengths)), float(found.fun)
 
 
 def _subset(data: Data, size: int) -> Data:
@@ -339,7 +327,7 @@ def posterior(process: Process, x: Array) -> tuple[Array, Array]:
     h = process.hyper
     scale = jnp.exp(h.scale)
     x = _warped(h, x, process.categorical)
-    cross = covariance(x, process.x, process.categorical, jnp.exp(h.inverse_squares), scale, h.smooth)
+    cross = covariance(x, process.x, process.categorical, jnp.exp(h.inverse_squares), scale)
     cross = jnp.where(process.real[None, :], cross, 0)
     variance = scale - ((cross @ process.inverse.T) ** 2).sum(-1)
     return cross @ process.weights, jnp.maximum(variance, 1e-12 * scale)

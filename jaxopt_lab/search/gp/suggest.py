@@ -82,13 +82,10 @@ def suggest(
     refined together.
 
     One recipe does not suit all; each has functions on which it never comes away from where it is. So they take turns, by the
-    number of points; `_recipe` says which. At odd turns values are taken as exact, else the noise is fitted: Ackley-5 then ends at
-    2 to 3 and not at 6, where its ripples pass for noise, while what is noisy keeps half of the turns. At each third turn length
-    scales are halved, as a fit that is too sure of itself sees nothing to gain but where it is. At every fourth turn the process is
-    one of the squared exponential kernel on values that are not warped: where the objective is smooth, an ill-conditioned bowl for
-    one, it sees farther. At every fourth turn, too, it is the largest upper confidence bound that is looked for, of one objective
-    without constraints: the improvement sees the rest of the space no more once it is near a good point. For three turns in ten
-    continuous coordinates keep within 0.2 of a leader (a trust region, after Eriksson et al. 2019).
+    number of points. At odd turns values are taken as exact, else the noise is fitted: Ackley-5 then ends at 2 to 3 and not at 6,
+    where its ripples pass for noise, while what is noisy keeps half of the turns. At each third turn length scales are halved, as
+    a fit that is too sure of itself sees nothing to gain but where it is. For three turns in ten continuous coordinates keep
+    within 0.2 of a leader (a trust region, after Eriksson et al. 2019).
 
     Pending points are fantasised: 16 joint draws for one objective, the posterior mean for several. For one objective that is the
     greedy choice of a batch by its joint expected improvement (Wilson, Hutter and Deisenroth 2018): what a point adds to the
@@ -107,38 +104,22 @@ def suggest(
     >>> bool(0.3 < found[0] < 0.7)
     True
     """
-    turn = len(known.x) + len(known.pending)
-    recipe = _recipe(turn)
     # Several objectives keep their trade-off, and a known noise its size.
-    scaled = outputs.warp if known.y.shape[1] == 1 and not noise and not recipe.smooth else outputs.standardise
+    scaled = outputs.warp if known.y.shape[1] == 1 and not noise else outputs.standardise
     values = np.column_stack([scaled(y) for y in known.y.T])
     limits = np.column_stack([_standardised_limit(c) for c in known.constraints.T]) if known.constraints.shape[1] else None
     columns = values if limits is None else np.column_stack([values, limits[:-1]])
     fits = [data(known.x, y, space.categorical) for y in columns.T]
-    noise = 0.0 if noise is None and recipe.exact else noise
-    hypers = [_halved(fit(each, noise=noise, warp=warp_inputs, smooth=recipe.smooth), recipe) for each in fits]
+    turn = len(known.x) + len(known.pending)
+    hypers = [_varied(fit(each, noise=0.0 if noise is None and turn % 2 else noise, warp=warp_inputs), turn) for each in fits]
     with exactly():
         question, lengths = _ask(known, columns, values, limits, fits[0].categorical, hypers, rng)
-        if columns.shape[1] == 1:
-            question = question._replace(bound=recipe.bound)
         return _maximum(space, known, question, lengths, _leaders(known, values), rng)
 
 
-class _Recipe(NamedTuple):
-    exact: bool  # Values are taken as exact.
-    smooth: float  # Which correlation; where it is the smooth one, values are not warped.
-    halved: bool  # Length scales are halved.
-    bound: float  # The coefficient of the upper confidence bound; 0 for the improvement.
-
-
-def _recipe(turn: int) -> _Recipe:
-    fourth = turn % 4
-    # The coefficient is Vizier's.
-    return _Recipe(exact=turn % 2 == 1, smooth=float(fourth == 1), halved=turn % 3 == 0, bound=1.8 * (fourth == 3))
-
-
-def _halved(hyper: Hyper, recipe: _Recipe) -> Hyper:
-    if not recipe.halved:
+def _varied(hyper: Hyper, turn: int) -> Hyper:
+    """The fit; at every third turn with length scales of half the size."""
+    if turn % 3:
         return hyper
     # Dimensions that are padding have a coordinate of 0 everywhere: there it means nothing.
     return hyper._replace(inverse_squares=np.minimum(hyper.inverse_squares + np.log(4.0), 9.2))
