@@ -62,7 +62,7 @@ class Elsewhere:
         raise NotImplementedError
 
     def population(
-        self, trial: Trial, configs: Sequence[Any], run: dict[str, Any], prune: Prune | None, save: str | Path | None
+        self, trial: Trial, configs: Sequence[Any], run: dict[str, Any], prune: Prune | None = None, save: str | Path | None = None
     ) -> Result:
         """As `population(trial, configs, prune=prune, save=save, **run)`."""
         raise NotImplementedError

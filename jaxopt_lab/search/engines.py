@@ -21,9 +21,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from jaxopt_lab.core.types import PyTree
 from jaxopt_lab.search.grouping import Member, strong
 
-__all__ = ["Engine", "looped", "replicated", "scanned", "single", "vmapped"]
+__all__ = ["SETTINGS", "Engine", "arrays", "looped", "replicated", "scanned", "single", "vmapped"]
 
 _AXIS = "members"
+SETTINGS = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_numpy_dtype_promotion",
+    "jax_numpy_rank_promotion",
+)
+"""What JAX computes depends on these settings of its: a program is of the ones that it was compiled under."""
 # As NumPy has them: objects, strings, dates.
 _NO_NUMBERS = "OSUMm"
 
@@ -144,14 +153,14 @@ def programs(member: Member, engine: Engine, devices: tuple[jax.Device, ...]) ->
     )
 
 
-def replicated(tree: PyTree, devices: tuple[jax.Device, ...]) -> PyTree:  # pyright: ignore[reportInvalidTypeForm]
-    """Arrays of strong types, whole on each of the devices.
+def arrays(tree: PyTree) -> PyTree:
+    """The arrays of what all members share, of strong types, where they are.
 
     Raises:
       TypeError: a leaf is no array; the message names its path.
 
-    >>> replicated({"x": np.ones(2)}, (jax.devices("cpu")[0],))
-    {'x': Array([1., 1.], dtype=float32)}
+    >>> arrays({"x": 0.5})
+    {'x': array(0.5)}
     """
 
     def array(path, leaf):
@@ -165,8 +174,16 @@ def replicated(tree: PyTree, devices: tuple[jax.Device, ...]) -> PyTree:  # pyri
             raise TypeError(f"shared holds arrays of numbers, which are passed to the programs; {name} is of {found.dtype}")
         return found
 
-    arrays = jax.tree_util.tree_map_with_path(array, tree)
-    return jax.device_put(arrays, devices[0] if len(devices) == 1 else NamedSharding(_mesh(devices), PartitionSpec()))
+    return jax.tree_util.tree_map_with_path(array, tree)
+
+
+def replicated(tree: PyTree, devices: tuple[jax.Device, ...]) -> PyTree:  # pyright: ignore[reportInvalidTypeForm]
+    """The same, whole on each of the devices.
+
+    >>> replicated({"x": np.ones(2)}, (jax.devices("cpu")[0],))
+    {'x': Array([1., 1.], dtype=float32)}
+    """
+    return jax.device_put(arrays(tree), devices[0] if len(devices) == 1 else NamedSharding(_mesh(devices), PartitionSpec()))
 
 
 def _mesh(devices: tuple[jax.Device, ...]) -> Mesh:  # pyright: ignore[reportInvalidTypeForm]
@@ -191,8 +208,8 @@ class Measured:
     def compiled(self, *args: Any) -> Callable[..., Any]:
         """The function for arguments of these shapes and types, which may be given as such."""
         leaves, treedef = jax.tree.flatten(args)
-        # One switch decides what a type stands for.
-        key = (jax.config.jax_enable_x64, treedef, *((x.shape, x.dtype) if hasattr(x, "dtype") else type(x) for x in leaves))
+        settings = (getattr(jax.config, name) for name in SETTINGS)
+        key = (*settings, treedef, *((x.shape, x.dtype) if hasattr(x, "dtype") else type(x) for x in leaves))
         if key not in self._compiled:
             self._compiled[key] = self._function.lower(*args).compile()
         return self._compiled[key]

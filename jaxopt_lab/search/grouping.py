@@ -17,7 +17,7 @@ import numpy as np
 from jaxopt_lab.core.types import Array, PyTree
 from jaxopt_lab.search.trial import Trial, scalar_score, sharing, takes_config
 
-__all__ = ["Group", "Member", "group", "shapes", "strong"]
+__all__ = ["Group", "Member", "check_configs", "group", "shapes", "strong"]
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,7 @@ def group(
     >>> [(g.indices.tolist(), g.traced[0].tolist()) for g in group(trial, configs, jax.random.key(0), {})]
     [([0, 2], [0.1..., 0.3...]), ([1], [0.2...])]
     """
-    flat = [_flat(config, index, static) for index, config in enumerate(configs)]
-    if unknown := sorted(set(static) - {path for each in flat for path in each.paths}):
-        raise ValueError(f"static names {', '.join(unknown)}; the configurations have {', '.join(flat[0].paths)}")
+    flat = check_configs(configs, static)
     kinds: dict[Any, list[int]] = {}
     for index, each in enumerate(flat):
         traced = [i for i, data in enumerate(each.data) if data]
@@ -163,6 +161,22 @@ def group(
             columns = tuple(_column([flat[index].leaves[i] for index in members], first.paths[i]) for i in traced)
             groups.append(Group(Member(trial, first.treedef, program, traced), np.array(members), columns))
     return groups
+
+
+def check_configs(configs: Sequence[Any], static: Sequence[str] = ()) -> list[_Flat]:
+    """The configurations taken apart.
+
+    Raises:
+      TypeError: a leaf is no number, string, boolean, None or array; the message names the configuration and the path.
+      ValueError: `static` names a path that none has.
+
+    >>> [each.paths for each in check_configs([{"rate": 0.1, "kind": "a"}])]
+    [('kind', 'rate')]
+    """
+    flat = [_flat(config, index, static) for index, config in enumerate(configs)]
+    if unknown := sorted(set(static) - {path for each in flat for path in each.paths}):
+        raise ValueError(f"static names {', '.join(unknown)}; the configurations have {', '.join(flat[0].paths)}")
+    return flat
 
 
 def shapes(member: Member, key: Array, batch: Any, traced: Sequence[Array], shared: PyTree = None) -> tuple[PyTree, PyTree]:

@@ -95,8 +95,9 @@ class Start:
         zeros = {name: np.zeros((count, *leaf.shape), np.float32) for name, leaf in self.metrics.items()}
         return jax.device_put(zeros, run.place)
 
-    def working_bytes(self, engine: Engine, *, evaluation: bool = True) -> int:
-        """What a call takes on each device besides the members and what they share, of a beginning, a step or an evaluation.
+    def working_bytes(self, engine: Engine, *, whole: bool = True) -> int:
+        """What a call takes on each device besides the members and what they share: that of a step, or where they are run as a
+        whole also that of their beginning and of an evaluation.
 
         A compiled program says so before it runs; these are the ones that run.
         """
@@ -106,10 +107,11 @@ class Start:
             return jax.ShapeDtypeStruct((count, *jnp.shape(x)), jnp.result_type(x), sharding=run.place)
 
         states, sums, traced = jax.tree.map(together, (self.state, self.metrics, self._traced))
-        made = run.init.working_bytes(self.key, together(np.uint32(0)), traced, self.shared)
-        # What it makes are the members.
-        taken = [max(made - _nbytes(states) // len(self.devices), 0)]
-        if evaluation:
+        taken = [0]
+        if whole:
+            made = run.init.working_bytes(self.key, together(np.uint32(0)), traced, self.shared)
+            # What it makes are the members.
+            taken.append(made - _nbytes(states) // len(self.devices))
             taken.append(run.evaluate.working_bytes(states, traced, self.shared))
         if self.steps and engine.compiled:
             needed = run.advance.working_bytes(states, sums, self.block, np.int32(0), traced, self.shared)
@@ -183,7 +185,7 @@ def chosen(start: Start, engine: Engine | None, memory: int) -> Engine:
         return looped()
 
     def wide():
-        return _fitting(start, vmapped(), memory, evaluation=False)
+        return _fitting(start, vmapped(), memory, whole=False)
 
     # Where the products of a step take less than its dispatch, a tenth of the most, a Python loop is not worth a look.
     small = products is not None and products < most / 10
@@ -198,11 +200,11 @@ def chosen(start: Start, engine: Engine | None, memory: int) -> Engine:
         built = ready - begin
         if pace < best:
             best, engine = pace, other
-    # What evaluates them is compiled of the engine that is taken alone.
+    # Of the engine that is taken alone the other programs are compiled for their bytes.
     return engine if engine.width == 1 else _fitting(start, engine, memory)
 
 
-def _fitting(start: Start, engine: Engine, memory: int, *, evaluation: bool = True) -> Engine:
+def _fitting(start: Start, engine: Engine, memory: int, *, whole: bool = True) -> Engine:
     """The engine as wide as memory, and what is worth it, allow; no wider than it is."""
     most = engine.width or (_WIDTH_ON_CPU if start.devices[0].platform == "cpu" else _WIDTH)
     width = min(most, -(-len(start.group.indices) // len(start.devices)), max(memory // max(2 * start.member_bytes, 1), 1))
@@ -211,14 +213,14 @@ def _fitting(start: Start, engine: Engine, memory: int, *, evaluation: bool = Tr
         width = len(start.parts(vmapped(width))[0]) // len(start.devices)
         tried = vmapped(width, compiled=engine.compiled)
         # Those of all devices may be gathered on each.
-        besides = max(start.working_bytes(tried, evaluation=evaluation), width * len(start.devices) * start.moved_bytes)
+        besides = max(start.working_bytes(tried, whole=whole), width * len(start.devices) * start.moved_bytes)
         taken = start.shared_bytes + width * start.member_bytes + besides
         if taken <= memory:
             return tried
         if width == 1:
             raise ValueError(
                 f"a single member takes {taken:,} bytes, {start.shared_bytes:,} of them shared by all, and memory is {memory:,}: "
-                "give it more, or a smaller batch, or evaluate on fewer rows at a time"
+                "give it more, or a smaller batch, or an init and an evaluation that take less at a time"
             )
         width = max(min(width - 1, int(width * memory / taken)), 1)
 

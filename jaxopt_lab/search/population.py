@@ -17,7 +17,7 @@ from jaxopt_lab.search.engines import Engine, Programs, programs, replicated
 from jaxopt_lab.search.grouping import group
 from jaxopt_lab.search.pace import Start, bytes_of_memory, chosen, portions, split
 from jaxopt_lab.search.record import Record, ranked
-from jaxopt_lab.search.trial import Result, Trial, check_shared, check_trial, check_typed_key
+from jaxopt_lab.search.trial import Result, Trial, check_batches, check_shared, check_trial, check_typed_key
 
 __all__ = ["population"]
 
@@ -63,10 +63,10 @@ def population(
       keep: how many of the best states to return; None for all.
       maximize: whether the best score is the largest.
       numbers: n integers to fold into the key instead of 0 ... n - 1.
-      memory: how many bytes on each device may be taken at once: by the states that are there, by `shared`, and by what a step, an
-        evaluation or the gathering of those that go on needs besides, whichever needs most. By default four fifths of an
-        accelerator's own, and 2 GiB on a CPU. What does not fit is run in turns, their states in the host's memory when their turn
-        is over, or narrower (`vmapped()`).
+      memory: how many bytes on each device may be taken at once: by the states that are there, by `shared`, and by what their
+        beginning, a step, an evaluation or the gathering of those that go on needs besides, whichever needs most. By default four
+        fifths of an accelerator's own, and 2 GiB on a CPU. What does not fit is run in turns, their states in the host's memory
+        when their turn is over, or narrower (`vmapped()`).
       devices: over which members are spread; the default device alone if None.
       static: paths of numbers that are part of the program even where they could be traced.
       shared: a tree of arrays that all configurations share, such as a data set or a teacher's parameters. Each function of the
@@ -78,7 +78,8 @@ def population(
       save: a directory of this call's own in which its newest rung is kept. Killed, and made again, the call goes on from there, to
         the same bits where XLA compiles the same programs again (a CPU does; an accelerator measures which to take), and asks
         `prune` of no rung that is kept. Of a population that is trained elsewhere (`ray`) those who are through are kept, and the
-        others begin anew. The functions, and `shared`, must be the same, which is not checked; all else is. One process at a time.
+        others begin anew, perhaps in other chunks, and so the same to rounding. The functions, and `shared`, must be the same,
+        which is not checked; all else is. One process at a time.
 
     Returns:
       A `Result`: scores `[n]`, states, curves and the best.
@@ -179,8 +180,7 @@ class Crew:
             raise TypeError(f"{engine} trains populations and sweeps; what compares its members as they train needs them here")
         if not len(configs):
             raise ValueError("there is no configuration to train")
-        if not callable(batches):
-            raise TypeError(f"batches must be a function batches(step) -> batch; got {type(batches).__name__}")
+        check_batches(batches)
         self.configs, self._batches = list(configs), batches
         devices = tuple(devices) if devices else (jnp.zeros(()).device,)
         asked = {**(decided or {}), "steps": int(steps), "engine": engine, "memory": memory, "devices": len(devices)}

@@ -277,10 +277,22 @@ def write_part(directory: Directory, members: Sequence[int], found: Result) -> N
 
 
 def read_parts(directory: Directory, starts: Sequence[Start]) -> list[tuple[list[int], Result]]:
-    """What `write_part` kept: members, and what became of them, without their configurations; arrays in the host's memory.
+    """What `write_part` kept.
+
+    Args:
+      directory: the call's.
+      starts: its groups, of which the structure of each member's state is taken.
+
+    Returns:
+      Of each part its members, and what became of them, without their configurations, its arrays in the host's memory.
 
     Raises:
       ValueError: a file is damaged, or of another call.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as path:
+    ...     read_parts(opened(path, {"steps": ["3"]}, 64, lambda: ([], [])), [])
+    []
     """
     states = {int(index): start.state for start in starts for index in start.group.indices}
     parts = []
@@ -292,7 +304,7 @@ def read_parts(directory: Directory, starts: Sequence[Start]) -> list[tuple[list
         members, kept = tree["members"], [None] * len(tree["members"])
         for k, leaves in tree["states"].items():
             like = states[members[k]]
-            kept[k] = jax.tree.unflatten(jax.tree.structure(like), [leaves[path] for path in _paths(like)])
+            kept[k] = jax.tree.unflatten(jax.tree.structure(like), [_on_host(leaves[path]) for path in _paths(like)])
         metrics = {name: _floats(x) for name, x in tree["metrics"].items()}
         scores, curves, evaluated = _floats(tree["scores"]), _floats(tree["curves"]), tuple(tree["evaluated"])
         parts.append((members, Result(scores, kept, (), curves, evaluated, metrics, tree["best"], tuple(tree["engines"]))))
@@ -364,6 +376,11 @@ def _words(value: Any) -> str:
         return f"{array.dtype}{list(array.shape)} of SHA-256 {hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
     # A function is known by its name alone: where it lies changes from process to process.
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _on_host(leaf: Array) -> Any:
+    """An array of NumPy, which goes to whatever device it is used on; a key, which that has none of, as it is."""
+    return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.extended) else np.asarray(leaf)
 
 
 def _bits(numbers: np.ndarray) -> np.ndarray:

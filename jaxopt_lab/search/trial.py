@@ -123,6 +123,12 @@ def check_shared(trial: Trial, shared: PyTree) -> None:
             raise TypeError(f"trial.{name} takes shared, and there is none; give shared=...")
 
 
+def check_batches(batches: Any) -> None:
+    """Refuses what is no function."""
+    if not callable(batches):
+        raise TypeError(f"batches must be a function batches(step) -> batch; got {type(batches).__name__}")
+
+
 def check_typed_key(key: Any) -> None:
     """Refuses what is no typed key."""
     if not jnp.issubdtype(getattr(key, "dtype", float), jax.dtypes.prng_key):

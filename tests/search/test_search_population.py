@@ -210,10 +210,22 @@ def test_batches_may_change_their_size():
     np.testing.assert_allclose(*each, rtol=1e-4)
 
 
-def room_of(engine, members, evaluation=True, trial=TRIAL):
+def test_a_program_is_of_the_settings_that_it_was_compiled_under():
+    trial = Trial(lambda key, config: jax.random.normal(key, (8,)), lambda state, batch, config: (state, {}), jnp.sum)
+    found = []
+    for partitionable in (True, False, True):
+        with jax.threefry_partitionable(partitionable):
+            state = population(trial, [{}], key=KEY, batches=batches, steps=1, engine=scanned()).states[0]
+            np.testing.assert_array_equal(state, jax.jit(trial.init)(jax.random.fold_in(KEY, 0), {}))
+            found.append(np.asarray(state))
+    np.testing.assert_array_equal(found[0], found[2])
+    assert not np.array_equal(found[0], found[1])
+
+
+def room_of(engine, members, whole=True, trial=TRIAL):
     """What so many members take on the device, with what the dearest of the engine's calls needs besides."""
     start = Crew(trial, CONFIGS[:4], KEY, batches, STEPS, engine=engine).starts[0]
-    return members * start.member_bytes + start.working_bytes(engine, evaluation=evaluation)
+    return members * start.member_bytes + start.working_bytes(engine, whole=whole)
 
 
 def test_memory_bounds_what_is_there_at_once():
@@ -255,7 +267,7 @@ def test_an_evaluation_that_needs_more_than_a_step_narrows_the_width(engine, mon
     # The product alone, of each of four, is more than there is room for.
     assert widths[0] == 4 > widths[1]
     start = Crew(trial, CONFIGS[:4], KEY, batches, STEPS, engine=vmapped(4)).starts[0]
-    assert start.working_bytes(vmapped(4), evaluation=False) <= memory - 4 * start.member_bytes < start.working_bytes(vmapped(4))
+    assert start.working_bytes(vmapped(4), whole=False) <= memory - 4 * start.member_bytes < start.working_bytes(vmapped(4))
 
 
 def test_what_a_beginning_or_an_evaluation_needs_makes_turns_shorter():

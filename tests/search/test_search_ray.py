@@ -702,10 +702,14 @@ def test_a_population_that_was_killed_goes_on_without_those_who_are_through(engi
 
 
 def test_what_is_kept_of_another_call_or_damaged_is_refused(engine_on, tmp_path):
-    run = {**RUN, "save": tmp_path}
+    run, none = {**RUN, "save": tmp_path, "rungs": (np.int64(2),)}, MadeUp([2])
     population(TRIAL, drawn(), engine=engine_on(MadeUp([2])), **run)
-    with pytest.raises(ValueError, match=r"was begun by another call: keep was None and is 3"):
-        population(TRIAL, drawn(), engine=engine_on(MadeUp([2])), **run, keep=3)
+    # The same in other words.
+    population(TRIAL, drawn(), engine=engine_on(none), **{**run, "rungs": [2]})
+    assert not none.made
+    for changed, message in (({"keep": 3}, "keep was None and is 3"), ({"memory": 1 << 20}, "memory was None and is 1048576")):
+        with pytest.raises(ValueError, match=f"was begun by another call: {message}"):
+            population(TRIAL, drawn(), engine=engine_on(MadeUp([2])), **run, **changed)
     with pytest.raises(ValueError, match=r"was begun by another call: function was 'population on Ray' and is"):
         population(TRIAL, drawn(), engine=vmapped(), **run)
     part = min(tmp_path.glob("part-*.packed"))
@@ -716,6 +720,27 @@ def test_what_is_kept_of_another_call_or_damaged_is_refused(engine_on, tmp_path)
     there = MadeUp([2])
     population(TRIAL, drawn(), engine=engine_on(there), **run)
     assert 0 < len(trained_by(there)) < 11
+
+
+def test_what_saves_trains_what_a_cluster_trains_and_refuses_what_it_refuses(engine_on, tmp_path):
+    """A float that each program is made of, with more values than one machine would compile for."""
+
+    def by_value(state, batch, config):
+        return state * float(config["rate"]), {}
+
+    trial, many = Trial(lambda key, config: jnp.float32(1), by_value, lambda state: state), [{"rate": 0.1 * k} for k in range(20)]
+    engine = engine_on(MadeUp([2]))
+    engine._chunk = 10
+    for save in (None, tmp_path / "many"):
+        found = population(trial, many, engine=engine, save=save, **{**RUN, "steps": 1})
+        np.testing.assert_allclose(found.scores, [0.1 * k for k in range(20)], rtol=1e-6)
+    for changed, message in (({"batches": 3}, "batches must be a function"), ({"shared": 1.0}, "shared is given, and none of")):
+        with pytest.raises(TypeError, match=message):
+            population(trial, many, engine=engine_on(MadeUp([2])), save=tmp_path / "refused", **{**RUN, **changed})
+    with pytest.raises(TypeError, match=r"shared holds arrays.*; name is a str"):
+        population(
+            TRIAL._replace(step=with_shared), drawn(), engine=engine_on(MadeUp([2])), save=tmp_path, shared={"name": "x"}, **RUN
+        )
 
 
 def test_an_actor_that_dies_after_it_asked_is_replaced_and_what_was_given_up_stays_so(engine_on):

@@ -112,7 +112,7 @@ DRIVER = textwrap.dedent("""
     from jaxopt_lab.search.sweep import sweep
 
     def slower(step):
-        time.sleep(0.05)
+        time.sleep(0.2)
         return RUN["batches"](step)
 
     run = {**RUN, "batches": slower}

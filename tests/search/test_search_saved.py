@@ -16,13 +16,14 @@ import optax
 import pytest
 
 from jaxopt_lab.checkpoint.packed import load_packed, save_packed
+from jaxopt_lab.search import saved
 from jaxopt_lab.search.engines import looped, scanned, vmapped
 from jaxopt_lab.search.evolution import evolve, perturb
 from jaxopt_lab.search.halving import hyperband, successive_halving
 from jaxopt_lab.search.population import Crew, population
 from jaxopt_lab.search.spaces import choice, log_uniform, uniform
 from jaxopt_lab.search.sweep import sweep
-from jaxopt_lab.search.trial import Trial
+from jaxopt_lab.search.trial import Result, Trial
 
 KEY = jax.random.key(5)
 STEPS = 9
@@ -188,6 +189,27 @@ def assert_same_bits(found, wanted):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
     jax.tree.map(same, whole(found), whole(wanted))
+
+
+def test_parts_keep_every_kind_of_leaf_of_groups_of_other_shapes(tmp_path):
+    result, crew = trained(None, Batches()), Crew(TRIAL, CONFIGS, batches=Batches(), engine=vmapped(2), **RUN)
+    directory = saved.opened(tmp_path, {"steps": ["9"]}, 0, lambda: ([], []))
+    parts = {}
+    for members in ((0, 3, 6), (1, 2), (5, 4)):
+        kept, rows = [None if index == 2 else result.states[index] for index in members], list(members)
+        metrics = {name: column[rows] for name, column in result.metrics.items()}
+        part = Result(result.scores[rows], kept, (), result.curves[rows], result.evaluated, metrics, None, ("2 vmapped(2)",))
+        saved.write_part(directory, members, part)
+        parts[members] = part
+    read = saved.read_parts(directory, crew.starts)
+    assert {tuple(members) for members, _ in read} == set(parts)
+    for members, found in read:
+        wanted = parts[tuple(members)]
+        on_device = found._replace(states=jax.tree.map(jnp.asarray, found.states))
+        assert_same_bits(on_device, wanted._replace(states=[*wanted.states]))
+        # They go to whatever device they are used on.
+        arrays = [leaf for leaf in jax.tree.leaves(found.states) if isinstance(leaf, jax.Array)]
+        assert all(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in arrays)
 
 
 def run_until_killed(directory):

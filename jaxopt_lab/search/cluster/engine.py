@@ -15,11 +15,11 @@ from jaxopt_lab.search.cluster.plan import Chunk, Row, dealt, fitting, gathered
 from jaxopt_lab.search.cluster.pool import Pool, Terms
 from jaxopt_lab.search.cluster.worker import import_ray
 from jaxopt_lab.search.elsewhere import Elsewhere, Lost, Prune
-from jaxopt_lab.search.engines import Engine
+from jaxopt_lab.search.engines import Engine, arrays
 from jaxopt_lab.search.grouping import group
 from jaxopt_lab.search.pace import Start
 from jaxopt_lab.search.population import check_rungs
-from jaxopt_lab.search.trial import Result, Trial, check_trial, check_typed_key
+from jaxopt_lab.search.trial import Result, Trial, check_batches, check_shared, check_trial, check_typed_key
 
 __all__ = ["Ray", "ray"]
 
@@ -85,7 +85,7 @@ class Ray(Elsewhere):
     ) -> Result:
         """As `population(trial, configs, prune=prune, save=save, **run)`.
 
-        What actors die of comes to NaN, and a warning says why; it is not kept.
+        Configurations that actors die of come to NaN, and a warning says why; of these nothing is kept.
         """
         marks, own = check_rungs(run["rungs"], run["steps"]), run["numbers"]
         if not len(configs):
@@ -97,7 +97,8 @@ class Ray(Elsewhere):
         with self.hands(trial, run, prune) as pool:
             directory = None
             if save is not None:
-                directory, kept = self._kept(trial, configs, run, numbers, prune is not None, save)
+                decided = {"rungs": [*map(int, marks[:-1])], "prune": prune is not None}
+                directory, kept = self._kept(trial, configs, run, numbers, decided, save)
                 parts += kept
             through = {label for labels, _ in parts for label in labels}
             rows = [Row(k, config, numbers[k]) for k, config in enumerate(configs) if k not in through]
@@ -123,16 +124,24 @@ class Ray(Elsewhere):
         return dealt(rows, pool.size() if self._chunk is None else -(-len(rows) // self._chunk))
 
     def _kept(
-        self, trial: Trial, configs: Sequence[Any], run: dict[str, Any], numbers: list[int], pruned: bool, save: str | Path
+        self,
+        trial: Trial,
+        configs: Sequence[Any],
+        run: dict[str, Any],
+        numbers: list[int],
+        decided: dict[str, Any],
+        save: str | Path,
     ) -> tuple[saved.Directory, list[tuple[list[int], Result]]]:
         """The directory of a call, and what became of those who are through."""
-        key, first, shared, device = run["key"], run["batches"](0), run["shared"], jnp.zeros(()).device
-        # For the structure of their states: nothing is trained here.
+        check_shared(trial, run["shared"])
+        check_batches(run["batches"])
+        key, first, shared, device = run["key"], run["batches"](0), arrays(run["shared"]), jnp.zeros(()).device
+        # For the structure of their states alone: nothing is compiled here, so there may be as many programs as there are.
         block = jax.tree.map(lambda x: np.asarray(x)[None], first)
-        groups = group(trial, configs, key, first, static=run["static"], shared=shared)
+        groups = group(trial, configs, key, first, static=run["static"], most=None, shared=shared)
         starts = [Start(each, key, np.array(numbers), block, 1, run["steps"], (device,), shared) for each in groups]
-        asked = {"function": f"population on {type(self).__name__}", "engine": self._inner, "prune": pruned}
-        asked |= {name: run[name] for name in ("steps", "rungs", "keep", "maximize")}
+        asked = {"function": f"population on {type(self).__name__}", **decided, "steps": int(run["steps"]), "engine": self._inner}
+        asked |= {name: run[name] for name in ("memory", "keep", "maximize")}
         call = saved.fingerprint(asked, starts, configs, key, numbers, first)
         directory = saved.opened(save, call, 0, lambda: ([], []))
         return directory, saved.read_parts(directory, starts)

@@ -24,19 +24,11 @@ from jaxopt_lab.search.cluster.desk import Desk
 from jaxopt_lab.search.cluster.plan import Chunk, Row, after_death, environment, fitting, likeness, matched
 from jaxopt_lab.search.cluster.worker import KEPT, Box, Worker, import_ray
 from jaxopt_lab.search.elsewhere import Lost, Prune
+from jaxopt_lab.search.engines import SETTINGS
 from jaxopt_lab.search.trial import Result, Trial
 
 __all__ = ["Pool", "Terms"]
 
-# What JAX computes depends on these: an actor takes them over from the driver.
-_SETTINGS = (
-    "jax_enable_x64",
-    "jax_default_matmul_precision",
-    "jax_default_prng_impl",
-    "jax_threefry_partitionable",
-    "jax_numpy_dtype_promotion",
-    "jax_numpy_rank_promotion",
-)
 # Seconds between looks at the cluster.
 _LOOK = 1.0
 # Every actor may wait at the desk at the same time.
@@ -212,7 +204,8 @@ class Pool:
         chunks = [self._queue[place] for place, _ in pairs]
         for _ in pairs:
             self._queue.popleft()
-        settings = {name: getattr(jax.config, name) for name in _SETTINGS}
+        # An actor takes them over.
+        settings = {name: getattr(jax.config, name) for name in SETTINGS}
         if self._prune is not None and self._desk is None:
             self._open_desk()
         for chunk, (_, actor) in zip(chunks, pairs, strict=True):

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxopt_lab.core.types import Array, PyTree
 from jaxopt_lab.search.engines import Engine
+from jaxopt_lab.search.grouping import check_configs
 from jaxopt_lab.search.record import ranked
 from jaxopt_lab.search.selection.folds import Fold, check_folds
 from jaxopt_lab.search.selection.held_out import Members, on_folds
@@ -108,6 +109,7 @@ def cross_validate(
     configs = list(({},) if configs is None else configs)
     if not configs:
         raise ValueError("there is no configuration to score; leave configs out to score the trial as it is")
+    check_configs(configs, static)
     checked = check_folds(folds, count_of(data))
     pairs = [(config, number) for config in configs for number in range(len(checked))]
     members = on_folds(

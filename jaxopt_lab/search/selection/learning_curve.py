@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxopt_lab.core.types import Array
 from jaxopt_lab.search.engines import Engine
+from jaxopt_lab.search.grouping import check_configs
 from jaxopt_lab.search.selection.cross_validation import count_of
 from jaxopt_lab.search.selection.folds import Fold, check_folds
 from jaxopt_lab.search.selection.held_out import on_folds
@@ -79,6 +80,7 @@ def learning_curve(
     Source: Cortes, Jackel, Solla, Vapnik and Denker, "Learning curves: asymptotic values and rate of convergence", 1994.
     """
     configs = list(({},) if configs is None else configs)
+    check_configs(configs, static)
     sizes = [int(size) for size in sizes]
     if not sizes or sizes != sorted(set(sizes)) or sizes[0] < 1:
         raise ValueError(f"sizes must rise from at least 1; got {sizes}")
