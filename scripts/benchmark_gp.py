@@ -2,7 +2,7 @@
 
     ./scripts/run scripts/benchmark_gp.py time [--observations 20 50 100 300] [--methods ours tpe optuna_gp]
     ./scripts/run scripts/benchmark_gp.py regret [--problems branin hartmann6 ...] [--seeds 10] [--results DIRECTORY]
-    ./scripts/run scripts/benchmark_gp.py table --results DIRECTORY
+    ./scripts/run scripts/benchmark_gp.py table --results DIRECTORY [--seeds 10]
 
 `time`: the median of warm suggestions on Hartmann-6 with so many observations; the methods take turns, and what the first
 suggestion took, compilation with it, stands apart. `regret`: the best value less the optimum after 50 and 100 evaluations; a line a
@@ -319,7 +319,8 @@ def read(directory: Path | None) -> list[dict[str, Any]]:
 
 def tables(options: argparse.Namespace) -> None:
     """Medians over seeds, a line a problem, and on how many ours is no worse than the best of the others, and than each."""
-    rows = read(options.results)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    rows = [row for row in read(options.results) if row["seed"] in seeds]
     wins = {"regret_50": 0, "regret": 0}
     alone: dict[str, dict[str, list[bool]]] = {}
     names = list(dict.fromkeys(row["problem"] for row in rows))

@@ -178,7 +178,7 @@ def arrays(tree: PyTree) -> PyTree:
 
 
 def replicated(tree: PyTree, devices: tuple[jax.Device, ...]) -> PyTree:  # pyright: ignore[reportInvalidTypeForm]
-    """The same, whole on each of the devices.
+    """Arrays of strong types, as of `arrays`, whole on each of the devices.
 
     >>> replicated({"x": np.ones(2)}, (jax.devices("cpu")[0],))
     {'x': Array([1., 1.], dtype=float32)}
