@@ -105,6 +105,7 @@ def open_study(
       space: what is searched.
       name: of the study in its storage; needed to come back to it.
       storage: None keeps it in memory; a path is a journal file, made if need be; a URL (with "://") is a database; or a storage.
+        A process that is killed while it writes leaves a journal locked, and the others wait for Optuna's 30 s.
       directions: "minimize" or "maximize" for each objective.
       sampler: any of Optuna's, or `GPSampler`; Optuna's choice by default.
       pruner: any of Optuna's.

@@ -147,13 +147,17 @@ WORKER = textwrap.dedent("""
     import sys, time
     sys.path.insert(0, sys.argv[2])
     import optuna
+    from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
     from test_search_sweep import RUN, SPACE, TRIAL, open_study, sweep
 
     def slower(step):
         time.sleep(0.02)
         return RUN["batches"](step)
 
-    study = open_study(SPACE, "swept", storage=sys.argv[1], sampler=optuna.samplers.RandomSampler())
+    # Who is killed while it writes leaves the journal locked, for 30 s by default.
+    journal = JournalFileBackend(sys.argv[1], JournalFileSymlinkLock(sys.argv[1], grace_period=3))
+    storage = optuna.storages.JournalStorage(journal)
+    study = open_study(SPACE, "swept", storage=storage, sampler=optuna.samplers.RandomSampler())
     print("ready", flush=True)
     if sys.argv[3:]:
         sys.stdin.readline()
